@@ -1,0 +1,50 @@
+# Every target makes .venv when there is none, or when pyproject.toml or constraints.txt have changed.
+# PYTHON: the interpreter that .venv is made from. DEMO_ARGS: options of the demo, e.g. DEMO_ARGS=--quick.
+
+PYTHON ?= python3
+DEMO_ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint kernels-check clean
+
+help:
+	@echo 'make demo           train a deep equilibrium model on handwritten digits (DEMO_ARGS=--quick: shorter)'
+	@echo 'make test           the tests, then those of the Triton kernels in the interpreter'
+	@echo 'make test-gpu       the tests that need a GPU, by $$(PYTHON) as it is: nothing is installed'
+	@echo 'make lint           style, types, and the layers of the packages'
+	@echo 'make kernels-check  compile every kernel for each supported GPU and judge the code'
+	@echo 'make clean          remove .venv, builds and caches'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo 'installing into $(VENV) (the first time takes minutes)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: $(INSTALLED)
+	$(RUN) examples/deq_digits.py $(DEMO_ARGS)
+
+# Triton reads TRITON_INTERPRET once, at import: its interpreter needs a process of its own.
+test: $(INSTALLED)
+	$(RUN) -m pytest
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels -m interpreter
+
+test-gpu:
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
+
+kernels-check: $(INSTALLED)
+	$(RUN) tools/kernels_check.py
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

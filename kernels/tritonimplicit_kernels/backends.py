@@ -1,0 +1,109 @@
+"""Which functions do the work on a device: `backend(name, device, dtype)`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tritonimplicit_kernels import reference
+
+_NAMES = ("auto", "reference", "triton")
+
+
+class Backend(Protocol):
+    """The plain functions of one backend, without the argument checks of the registered ops.
+
+    An eager solver loop calls these directly; the layouts are those of `tritonimplicit_kernels`.
+    """
+
+    @property
+    def name(self) -> str:
+        """Return "reference" or "triton"."""
+        ...
+
+    def partial_count(self, ld: int) -> int:
+        """Return P, the number of partial sums a row of `ld` elements."""
+        ...
+
+    def cg_dots(self, p: Tensor, ap: Tensor, state: Tensor, dots: Tensor) -> None:
+        """Do `tritonimplicit_kernels.cg_dots`, unchecked."""
+        ...
+
+    def cg_step(
+        self,
+        x: Tensor,
+        r: Tensor,
+        p: Tensor,
+        ap: Tensor,
+        dots: Tensor,
+        rr: Tensor,
+        state: Tensor,
+        threshold: Tensor,
+        maxiter: int,
+        rr_out: Tensor,
+        state_out: Tensor,
+        residual_sq: Tensor,
+    ) -> None:
+        """Do `tritonimplicit_kernels.cg_step`, unchecked."""
+        ...
+
+    def neumann_step(
+        self,
+        x: Tensor,
+        ax: Tensor,
+        b: Tensor,
+        alpha: Tensor,
+        rr: Tensor,
+        state: Tensor,
+        threshold: Tensor,
+        limit: Tensor,
+        maxiter: int,
+        rr_out: Tensor,
+        state_out: Tensor,
+        residual_sq: Tensor,
+    ) -> None:
+        """Do `tritonimplicit_kernels.neumann_step`, unchecked."""
+        ...
+
+
+def backend(name: str, device: torch.device | str, dtype: torch.dtype) -> Backend:
+    """Return the backend called `name` for vectors of `dtype` on `device`.
+
+    "auto" is "triton" on a CUDA or ROCm device where triton is installed, else "reference".
+
+    Raises:
+        ValueError: no backend has that name.
+        TypeError: `dtype` is neither float32 nor float64.
+        ImportError: "triton" is asked for and not installed.
+        RuntimeError: "triton" is asked for and cannot run on `device`.
+    """
+    if name not in _NAMES:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, _NAMES))}, not {name!r}")
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"vectors must be float32 or float64, not {dtype}")
+    device = torch.device(device)
+    if name == "auto":
+        on_gpu = device.type == "cuda"  # ROCm builds of torch call their devices cuda as well
+        name = "triton" if on_gpu and find_spec("triton") else "reference"
+    return reference if name == "reference" else _triton(device)
+
+
+def _triton(device: torch.device) -> Backend:
+    if not find_spec("triton"):
+        raise ImportError(
+            "backend='triton' needs the package triton, which is not installed: "
+            "install it, or use backend='reference'"
+        )
+    # Imported here because triton is optional, and slow to import.
+    from tritonimplicit_kernels import triton as kernels
+
+    if device.type != "cuda" and not (device.type == "cpu" and kernels.INTERPRETED):
+        raise RuntimeError(
+            f"backend='triton' cannot run on {device}: move the tensors to a CUDA or ROCm device, "
+            "use backend='reference', or set TRITON_INTERPRET=1 before the first import of triton "
+            "to run the kernels on the CPU in Triton's interpreter (slow, for tests)"
+        )
+    return kernels

@@ -1,0 +1,87 @@
+"""Predict-and-recompute conjugate gradients (Chen and Carson 2020, doi 10.1137/19M1276856)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonimplicit_kernels import status
+from tritonimplicit_kernels.reference.dots import fold, row_sums
+from tritonimplicit_kernels.reference.settle import settle
+from tritonimplicit_kernels.reference.tiles import column_tiles, row_groups
+
+
+def cg_dots(p: Tensor, ap: Tensor, state: Tensor, dots: Tensor) -> None:
+    """Write p.Ap and Ap.Ap of each running system into `dots`, and zero for a frozen one."""
+    dots.zero_()
+    for rows in row_groups((state[0] < 0).tolist(), p.shape[1]):
+        dots[:, rows, 0] = row_sums(_products(*tile) for tile in column_tiles(p[rows], ap[rows]))
+
+
+def _products(p: Tensor, ap: Tensor) -> Tensor:
+    terms = torch.empty(2, *p.shape, dtype=torch.float64, device=p.device)
+    terms[1] = ap
+    torch.mul(p.double(), terms[1], out=terms[0])
+    terms[1].square_()
+    return terms
+
+
+def cg_step(
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    ap: Tensor,
+    dots: Tensor,
+    rr: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    maxiter: int,
+    rr_out: Tensor,
+    state_out: Tensor,
+    residual_sq: Tensor,
+) -> None:
+    """Advance each running system by one iteration, or stop it."""
+    rr_b, (pap, apap) = fold(rr), fold(dots)  # (B,) each
+    eps = torch.finfo(x.dtype).eps
+    code = _next_code(rr_b, pap, apap, state, threshold, maxiter, eps)
+    advances = settle(code, rr_b, state, state_out, residual_sq)
+    alpha = rr_b / pap
+    beta = (alpha * alpha * apap - rr_b).clamp_min_(0) / rr_b
+    alpha, beta = alpha.to(x.dtype)[:, None], beta.to(x.dtype)[:, None]  # (B, 1)
+    rr_out.zero_()
+    for rows in row_groups(advances, x.shape[1]):
+        vectors = x[rows], r[rows], p[rows], ap[rows]
+        tiles = column_tiles(*vectors)
+        rr_out[rows, 0] = row_sums(_update(*tile, alpha[rows], beta[rows]) for tile in tiles)
+        if isinstance(rows, Tensor):
+            x[rows], r[rows], p[rows] = vectors[:3]
+
+
+def _update(x: Tensor, r: Tensor, p: Tensor, ap: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    # Products and sums apart: each is rounded once, whichever of torch's loops does it. A fused
+    # addcmul may or may not be, so that a row's bits would depend on where it lies.
+    scaled = p * alpha
+    x += scaled
+    r -= torch.mul(ap, alpha, out=scaled)
+    p.mul_(beta).add_(r)
+    return r.double().square()
+
+
+def _next_code(
+    rr: Tensor,
+    pap: Tensor,
+    apap: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    maxiter: int,
+    eps: float,
+) -> Tensor:
+    """Say what each running system turns to; the last rule that holds wins."""
+    seen, iterations = state
+    code = torch.where(pap > 0, status.RUNNING_POSITIVE, status.RUNNING_NEGATIVE).to(torch.int32)
+    code.masked_fill_((seen != status.RUNNING) & (seen != code), status.INDEFINITE)
+    code.masked_fill_(pap.abs() <= eps * rr.sqrt() * apap.sqrt(), status.BREAKDOWN)
+    code.masked_fill_(~(pap + apap).isfinite(), status.NON_FINITE)
+    code.masked_fill_(iterations >= maxiter, status.MAX_ITERATIONS)
+    code.masked_fill_(rr <= threshold, status.CONVERGED)
+    return code.masked_fill_(~rr.isfinite(), status.NON_FINITE)

@@ -1,0 +1,42 @@
+"""Work on (B, ld) vectors a tile at a time, so that a tile stays in cache from first use to last.
+
+A step is several torch calls a tile; over whole vectors each call would stream memory again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# Torch gives a thread 32,768 elements at least: tiles of that many keep every thread at work.
+# Measured on 2 cores with 2 MiB of L2 cache each: see the table in docs/kernels.md.
+_ELEMENTS_PER_THREAD = 32768
+
+Rows = slice | Tensor
+
+
+def tile_elements() -> int:
+    """Return the number of elements of a tile. It decides where time goes, never the bits."""
+    return _ELEMENTS_PER_THREAD * torch.get_num_threads()
+
+
+def row_groups(wanted: Sequence[bool], ld: int) -> Iterator[Rows]:
+    """Cut the wanted rows of `ld` elements into groups of a tile: a slice, or indices if scattered.
+
+    Indexing a vector by a slice is a view; by indices it is a copy, to be written back.
+    """
+    rows = [row for row, want in enumerate(wanted) if want]
+    size = max(1, tile_elements() // ld)
+    for start in range(0, len(rows), size):
+        group = rows[start : start + size]
+        first, end = group[0], group[-1] + 1
+        yield slice(first, end) if end - first == len(group) else torch.tensor(group)
+
+
+def column_tiles(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut (R, ld) vectors alike along their columns, into views of a tile where R is one."""
+    if vectors[0].shape[1] <= tile_elements():
+        return iter((vectors,))
+    return zip(*(vector.split(tile_elements(), dim=1) for vector in vectors))

@@ -1,0 +1,24 @@
+"""Gradients through the solution of an optimisation problem or a fixed point, in PyTorch."""
+
+from tritonimplicit import diff, linalg, linear_solve, optim
+from tritonimplicit.diagnostics import ConvergenceWarning, Solution, Status
+from tritonimplicit.diff.implicit import custom_root
+from tritonimplicit.optim import SGD, apply_updates, module_clone, sgd
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "ConvergenceWarning",
+    "Solution",
+    "Status",
+    "apply_updates",
+    "custom_root",
+    "diff",
+    "linalg",
+    "linear_solve",
+    "module_clone",
+    "nn",
+    "optim",
+    "sgd",
+]

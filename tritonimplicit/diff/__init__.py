@@ -1,0 +1,5 @@
+"""Differentiation through solutions."""
+
+from tritonimplicit.diff import implicit
+
+__all__ = ["implicit"]

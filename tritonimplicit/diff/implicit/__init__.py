@@ -1,0 +1,5 @@
+"""Implicit differentiation of the solutions of optimisation problems and fixed points."""
+
+from tritonimplicit.diff.implicit.decorator import custom_root
+
+__all__ = ["custom_root"]

@@ -1,0 +1,115 @@
+"""One call of a decorated solver, taken apart into tensors for autograd and everything else."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+from torch import Tensor
+
+from tritonimplicit.linear_solve.base import Solve
+from tritonimplicit.linear_solve.solve import LinearFamily, replace_at
+from tritonimplicit.operators import Tensors
+
+PREFIX = "custom_root(optimality_fn)(solver_fn)(*args):"
+
+
+class RootCall:
+    """The arguments of a call as a flat list of leaves, and how to run solver and optimality on it.
+
+    `tensors` are the tensor leaves of all arguments; `differentiable` says for each of them whether
+    it belongs to an argument in argnums.
+    """
+
+    def __init__(
+        self,
+        solver_fn: Callable[..., Any],
+        optimality_fn: Callable[..., Any],
+        solve: Solve,
+        argnums: Sequence[int],
+        has_aux: bool,
+        bound: inspect.BoundArguments,
+    ):
+        self._solver_fn, self._optimality_fn, self._has_aux = solver_fn, optimality_fn, has_aux
+        self._aux: Any = None
+        self._leaves, self._spec = optree.tree_flatten(
+            (bound.args, bound.kwargs), none_is_leaf=True
+        )
+        self._where = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
+        self.tensors: Tensors = tuple(self._leaves[i] for i in self._where)
+        self._leaves = replace_at(self._leaves, self._where, [None] * len(self._where))
+        self.differentiable = self._mark(bound.args, argnums)
+        self.family = LinearFamily(self._residual, solve)
+
+    def run_solver(self, tensors: Tensors) -> Tensors:
+        """Return the solution's leaves. Raises RuntimeError for a result that is no solution."""
+        args, kwargs = self._rebuild(tensors)
+        output = self._solver_fn(*args, **kwargs)
+        if self._has_aux:
+            if not (isinstance(output, tuple) and len(output) == 2):
+                raise RuntimeError(
+                    f"{PREFIX} output of function solver_fn should be a tuple: (output, aux) if "
+                    f"has_aux is True. Got {output!r}"
+                )
+            output, self._aux = output
+        leaves, self._solution_spec = optree.tree_flatten(output)
+        usable = all(isinstance(t, Tensor) and t.is_floating_point() for t in leaves)
+        if not leaves or not usable:
+            raise RuntimeError(
+                f"{PREFIX} output of function solver_fn should be a torch.Tensor or a pytree of "
+                f"torch.Tensor, of floating point dtype. Got {output!r}"
+            )
+        return tuple(leaves)
+
+    def result(self, solution: Tensors) -> Any:
+        """Return what the caller gets: the solution in its structure, and aux if there is one."""
+        tree = optree.tree_unflatten(self._solution_spec, solution)
+        return (tree, self._aux) if self._has_aux else tree
+
+    def _residual(self, x: Tensors, tensors: Tensors) -> Tensors:
+        """optimality_fn at x, on flat tensors."""
+        args, kwargs = self._rebuild(tensors)
+        tree = optree.tree_unflatten(self._solution_spec, x)
+        leaves, spec = optree.tree_flatten(self._optimality_fn(tree, *args[1:], **kwargs))
+        if spec != self._solution_spec:
+            raise TypeError(
+                f"optimality_fn returned the structure {spec}; it must return that of the solution, "
+                f"{self._solution_spec}."
+            )
+        for leaf, like in zip(leaves, x, strict=True):
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                got = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise TypeError(f"optimality_fn must return floating point tensors, not {got}.")
+            if leaf.shape != like.shape:
+                raise ValueError(
+                    f"optimality_fn returned a tensor of shape {tuple(leaf.shape)} for a solution of "
+                    f"shape {tuple(like.shape)}: the residual must have the solution's shapes."
+                )
+        return tuple(leaf.to(like.dtype) for leaf, like in zip(leaves, x, strict=True))
+
+    def _rebuild(self, tensors: Tensors) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        leaves = replace_at(self._leaves, self._where, tensors)
+        args, kwargs = optree.tree_unflatten(self._spec, leaves)
+        return args, kwargs
+
+    def _mark(self, args: tuple[Any, ...], argnums: Sequence[int]) -> tuple[bool, ...]:
+        """Which of `tensors` lie in an argument of argnums; their leaves come in argument order."""
+        marks: list[bool] = []
+        for position, arg in enumerate(args):
+            leaves = optree.tree_leaves(arg, none_is_leaf=True)
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            if position in argnums and not any(t.is_floating_point() for t in tensors):
+                raise RuntimeError(
+                    f"{PREFIX} argument of function solver_fn specified with `argnums` should be a "
+                    f"torch.Tensor or a pytree of torch.Tensor; argument {position} is a "
+                    f"{type(arg).__name__} without floating point tensors."
+                )
+            marks += [position in argnums] * len(tensors)
+        if max(argnums) >= len(args):
+            raise RuntimeError(
+                f"{PREFIX} argnums={tuple(argnums)}, but solver_fn was called with "
+                f"{len(args)} positional arguments (counting from 0)."
+            )
+        return (*marks, *[False] * (len(self.tensors) - len(marks)))

@@ -1,0 +1,80 @@
+"""Conjugate gradient for symmetric (positive or negative) definite systems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import tritonimplicit_kernels as kernels
+from torch import Tensor
+
+from tritonimplicit.diagnostics import TensorTree
+from tritonimplicit.linear_solve.base import IterativeSolver
+from tritonimplicit.linear_solve.loop import Progress, Recurrence, solve_and_verify
+from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
+from tritonimplicit.operators import Matvec
+from tritonimplicit.vectors import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class CG(IterativeSolver):
+    """Conjugate gradient, for A symmetric and definite; (A + ridge I) x = b.
+
+    The predict-and-recompute form (Chen and Carson, "Predict-and-recompute conjugate gradient
+    variants", SIAM J. Sci. Comput. 42, 2020): two launches and one matvec an iteration.
+    """
+
+    def _solve_rows(self, matvec: Matvec, b: TensorTree, layout: Layout) -> RowSolution:
+        apply = RowMatvec(matvec, layout, self._ridge_rows(layout))
+        return conjugate_gradient(self, apply, layout.gather(b, layout.zeros, "b"))
+
+
+def conjugate_gradient(solver: IterativeSolver, apply: RowMatvec, b: Tensor) -> RowSolution:
+    """Solve A x = b on rows by CG, with the settings of `solver`."""
+    return solve_and_verify(solver, _ConjugateGradient(solver, apply, b))
+
+
+class _ConjugateGradient(Recurrence):
+    def __init__(self, solver: IterativeSolver, apply: RowMatvec, b: Tensor):
+        self.apply, self.b = apply, b
+        b_norm = kernels.row_norms(b)
+        self.x, self._r = solver.start(apply, b, b_norm)
+        self._p = self._r.clone()
+        self._maxiter = solver.iteration_limit(apply.layout)
+        self._backend = kernels.backend(solver.backend, b.device, b.dtype)
+        partials = self._backend.partial_count(b.shape[1])
+        tolerance = solver.tolerance(b_norm, b.dtype)
+        self.progress = Progress(kernels.row_norms(self._r), tolerance, partials)
+        self._dots = b_norm.new_empty(2, b.shape[0], partials)
+
+    def step(self) -> None:
+        state = self.progress
+        ap = self.apply(self._p)
+        self._backend.cg_dots(self._p, ap, state.state, self._dots)
+        self._backend.cg_step(
+            self.x,
+            self._r,
+            self._p,
+            ap,
+            self._dots,
+            state.rr,
+            state.state,
+            state.threshold,
+            self._maxiter,
+            state.rr_out,
+            state.state_out,
+            state.residual_sq,
+        )
+
+    def restart(self, rows: Tensor, residual: Tensor) -> None:
+        self._r[rows] = residual[rows]
+        self._p[rows] = residual[rows]
+
+
+def solve_cg(*, matvec: Matvec | None = None, b: TensorTree = None, **fields: Any) -> CG:
+    """Return a conjugate gradient solver, `(matvec, b) -> x`; `fields` are those of `CG`.
+
+    `matvec` and `b` are accepted because calls written for TorchOpt give them here too, and not
+    used: the solver is called with them.
+    """
+    return CG(**fields)

@@ -1,0 +1,66 @@
+"""A system as the kernels see it: (B, ld) rows, and a matvec from rows to rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import optree
+import torch
+from torch import Tensor
+
+from tritonimplicit.operators import Matvec
+from tritonimplicit.vectors import Layout
+
+
+@dataclass(frozen=True)
+class RowSolution:
+    """`Solution`, on rows: x is (B, ld), the others are (B,)."""
+
+    x: Tensor
+    status: Tensor
+    iterations: Tensor
+    residual_norm: Tensor
+
+
+class RowMatvec:
+    """(B, ld) -> (B, ld): v -> A v + ridge v, by a matvec on pytrees.
+
+    What it returns is to be read only, and valid until the next call.
+    """
+
+    def __init__(self, matvec: Matvec, layout: Layout, ridge: float | Tensor | None):
+        self.layout = layout
+        self._matvec = matvec
+        self._ridge = ridge
+        self._out: Tensor | None = None
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """A v + ridge v."""
+        result = self._matvec(self.layout.unflatten(v))
+        if any(isinstance(t, Tensor) and t.requires_grad for t in optree.tree_leaves(result)):
+            raise RuntimeError(
+                "the matvec's result requires grad, but a solver called directly is not "
+                "differentiated: call it under torch.no_grad(), or detach what the matvec closes over; "
+                "custom_root gives gradients through a solution."
+            )
+        rows = self.layout.gather(result, self._buffer, "the result of the matvec")
+        if isinstance(self._ridge, Tensor):
+            return torch.addcmul(rows, v, self._ridge, out=self._buffer())
+        if self._ridge is not None:
+            return torch.add(rows, v, alpha=self._ridge, out=self._buffer())
+        if _share_memory(rows, v):  # an identity hands v back, and v changes while the result is read
+            return self._buffer().copy_(rows)
+        return rows
+
+    def residual(self, x: Tensor, b: Tensor) -> Tensor:
+        """b - (A x + ridge x)."""
+        return torch.sub(b, self(x), out=self._buffer())
+
+    def _buffer(self) -> Tensor:
+        if self._out is None:
+            self._out = self.layout.zeros()
+        return self._out
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -1,0 +1,161 @@
+"""Pytree <-> one padded contiguous (B, ld) buffer: what lies between users' tensors and the kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import optree
+import torch
+from optree import PyTreeSpec
+from torch import Tensor
+
+from tritonimplicit.diagnostics import TensorTree
+
+ALIGNMENT = 16
+"""Elements: each leaf starts at a multiple of it, so that the kernels load 128 bits at a time."""
+_ALIGNMENT_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the leaves of a pytree of tensors lie in a (B, ld) buffer, one row a system.
+
+    The leading `len(batch_shape)` dimensions of every leaf index B independent systems. Each leaf's
+    elements start at a multiple of 16, the padding between them is zero, `ld` is the padded width
+    and `n` the number of true elements of a system. `dtype` is the working precision: float64 where
+    a leaf is float64, float32 otherwise (also for half precision leaves).
+    """
+
+    spec: PyTreeSpec
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    batch_shape: torch.Size
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    n: int
+    ld: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tree: TensorTree, batch_ndim: int = 0, name: str = "b") -> Layout:
+        """Lay out `tree`; `name` is what errors call it.
+
+        Raises TypeError for a leaf that is no real floating point tensor, ValueError for an empty
+        pytree, no elements, several devices, or leaves that do not share the batch dimensions.
+        """
+        paths, leaves, spec = optree.tree_flatten_with_path(tree)
+        if not leaves:
+            raise ValueError(f"{name} is a pytree without tensors: there is nothing to solve for.")
+        for path, leaf in zip(paths, leaves, strict=True):
+            _check_leaf(leaf, batch_ndim, leaves[0], f"{name}{_show(path)}")
+        batch_shape = leaves[0].shape[:batch_ndim]
+        sizes = tuple(math.prod(leaf.shape[batch_ndim:]) for leaf in leaves)
+        starts, ld = [], 0
+        for size in sizes:
+            starts.append(ld)
+            ld += -(-size // ALIGNMENT) * ALIGNMENT
+        if ld * math.prod(batch_shape) == 0:
+            raise ValueError(f"{name} has no elements (shapes {[tuple(t.shape) for t in leaves]}).")
+        double = any(leaf.dtype is torch.float64 for leaf in leaves)
+        return cls(
+            spec=spec,
+            shapes=tuple(leaf.shape for leaf in leaves),
+            dtypes=tuple(leaf.dtype for leaf in leaves),
+            batch_shape=batch_shape,
+            starts=tuple(starts),
+            sizes=sizes,
+            n=sum(sizes),
+            ld=ld,
+            dtype=torch.float64 if double else torch.float32,
+            device=leaves[0].device,
+        )
+
+    @property
+    def systems(self) -> int:
+        """B, the number of independent systems."""
+        return math.prod(self.batch_shape)
+
+    def zeros(self) -> Tensor:
+        """A new (B, ld) buffer of zeros."""
+        return torch.zeros(self.systems, self.ld, dtype=self.dtype, device=self.device)
+
+    def flatten(self, tree: TensorTree, name: str) -> Tensor:
+        """Copy `tree` into a new (B, ld) buffer. Raises as `leaves_of` does."""
+        return self._fill(self.zeros(), self.leaves_of(tree, name))
+
+    def gather(self, tree: TensorTree, into: Callable[[], Tensor], name: str) -> Tensor:
+        """`tree` as (B, ld), to be read only: in place where its one leaf fits, else copied to `into()`.
+
+        `into` returns a (B, ld) buffer whose padding is zero. Raises as `leaves_of` does.
+        """
+        leaves = self.leaves_of(tree, name)
+        if len(leaves) == 1 and self.n == self.ld and _readable(leaves[0], self.dtype):
+            return leaves[0].detach().view(self.systems, self.ld)
+        return self._fill(into(), leaves)
+
+    def unflatten(self, rows: Tensor) -> TensorTree:
+        """The (B, ld) buffer's leaves as a pytree: views of it, but for leaves of another dtype."""
+        leaves = []
+        for shape, dtype, start, size in zip(
+            self.shapes, self.dtypes, self.starts, self.sizes, strict=True
+        ):
+            leaves.append(rows[:, start : start + size].view(shape).to(dtype))
+        return optree.tree_unflatten(self.spec, leaves)
+
+    def per_system(self, values: Tensor) -> Tensor:
+        """(B,) values as a tensor of the batch's shape."""
+        return values.view(self.batch_shape)
+
+    def leaves_of(self, tree: TensorTree, name: str) -> list[Tensor]:
+        """The leaves of `tree`, which must have this layout's structure, shapes, dtypes and device.
+
+        Raises TypeError for another structure or dtype, ValueError for another shape or device.
+        """
+        leaves, spec = optree.tree_flatten(tree)
+        if spec != self.spec:
+            raise TypeError(f"{name} has the structure {spec}; the structure of b is {self.spec}.")
+        for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"{name} has a leaf of type {type(leaf).__name__}, not a tensor.")
+            if leaf.shape != shape:
+                raise ValueError(
+                    f"{name} has a leaf of shape {tuple(leaf.shape)} where b has {tuple(shape)}."
+                )
+            if leaf.dtype is not dtype:
+                raise TypeError(f"{name} has a leaf of dtype {leaf.dtype} where b has {dtype}.")
+            if leaf.device != self.device:
+                raise ValueError(f"{name} has a leaf on {leaf.device}; b is on {self.device}.")
+        return leaves
+
+    def _fill(self, rows: Tensor, leaves: list[Tensor]) -> Tensor:
+        for leaf, start, size in zip(leaves, self.starts, self.sizes, strict=True):
+            rows[:, start : start + size].view(leaf.shape).copy_(leaf)
+        return rows
+
+
+def _readable(leaf: Tensor, dtype: torch.dtype) -> bool:
+    aligned = leaf.data_ptr() % _ALIGNMENT_BYTES == 0
+    return leaf.dtype is dtype and leaf.is_contiguous() and aligned
+
+
+def _show(path: tuple[object, ...]) -> str:
+    return "".join(f"[{entry!r}]" for entry in path)
+
+
+def _check_leaf(leaf: object, batch_ndim: int, first: Tensor, name: str) -> None:
+    if not isinstance(leaf, Tensor):
+        raise TypeError(f"{name} is a {type(leaf).__name__}, not a tensor.")
+    if not leaf.is_floating_point():
+        raise TypeError(f"{name} has dtype {leaf.dtype}; a real floating point dtype is needed.")
+    if leaf.layout is not torch.strided:
+        raise TypeError(f"{name} is a {leaf.layout} tensor; a dense (strided) one is needed.")
+    if leaf.device != first.device:
+        raise ValueError(f"{name} is on {leaf.device}, the first leaf on {first.device}.")
+    if leaf.ndim < batch_ndim or leaf.shape[:batch_ndim] != first.shape[:batch_ndim]:
+        raise ValueError(
+            f"{name} has shape {tuple(leaf.shape)}: with batch_ndim={batch_ndim} every leaf must begin "
+            f"with the same {batch_ndim} dimensions, and the first leaf has {tuple(first.shape)}."
+        )
