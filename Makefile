@@ -20,7 +20,7 @@ help:
 	@echo 'make clean          remove .venv, builds and caches'
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@echo 'installing into $(VENV) (the first time takes minutes)'
+	@echo 'installing into $(VENV) (the first time takes minutes, longer where torch brings CUDA along)'
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@

@@ -1,17 +1,19 @@
-"""What a linear solve reports of itself: a status a system, and the warnings that follow from it."""
+"""What a linear solve reports of itself: a status a system, and the warnings that follow."""
 
 from __future__ import annotations
 
 import enum
 import warnings
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from optree import PyTree
 from torch import Tensor
+
 from tritonimplicit_kernels import status as codes
 
-TensorTree: TypeAlias = "PyTree[Tensor]"
+TensorTree: TypeAlias = Any
+"""A tensor, or an optree pytree of tensors. Any, because no type takes both and still accepts a
+function on plain tensors as a matvec."""
 
 
 class Status(enum.IntEnum):
@@ -56,8 +58,9 @@ _ADVICE = {
         "use solve_normal_cg or solve_inv, or add a ridge; the value is the last good iterate"
     ),
     Status.DIVERGED: (
-        "diverged: the series needs every |1 - alpha * eigenvalue| < 1. Check the sign (a fixed point "
-        "z = f(z) is the root of z - f(z), not of f(z) - z), use a smaller alpha, or another solver"
+        "diverged: the series needs every |1 - alpha * eigenvalue| < 1. Check the sign (a fixed "
+        "point z = f(z) is the root of z - f(z), not of f(z) - z), use a smaller alpha, or another "
+        "solver"
     ),
     Status.NON_FINITE: (
         "met NaN or infinity (in b, in the operator, or by overflow): its value is all NaN; "
@@ -70,11 +73,11 @@ _ADVICE = {
 class Solution:
     """A linear solve's result and the truth about it.
 
-    `value` has the structure, shapes and dtypes of b. `status` (int32, `Status` codes), `iterations`
-    (int32) and `residual_norm` (float64, the Euclidean norm of the residual of the equation that was
-    solved, ridge included; of the normal equations for normal CG) have the batch's shape, 0-dim
-    without a batch. They describe the solve in its working precision; `value` is then rounded to
-    b's dtype.
+    `value` has the structure, shapes and dtypes of b. `status` (int32, `Status` codes),
+    `iterations` (int32) and `residual_norm` (float64, the Euclidean norm of the residual of the
+    equation that was solved, ridge included; of the normal equations for normal CG) have the
+    batch's shape, 0-dim without a batch. They describe the solve in its working precision; `value`
+    is then rounded to b's dtype.
     """
 
     value: TensorTree

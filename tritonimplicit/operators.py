@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tritonimplicit.diagnostics import TensorTree
+from tritonimplicit.vectors import Layout
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 Matvec: TypeAlias = Callable[[TensorTree], TensorTree]
@@ -26,7 +27,7 @@ class Transposable(Protocol):
         ...
 
     @property
-    def T(self) -> Matvec:  # noqa: N802 - the name that matrices have in torch and numpy
+    def T(self) -> Matvec:
         """u -> A^T u."""
         ...
 
@@ -34,8 +35,8 @@ class Transposable(Protocol):
 class Jacobian:
     """v -> (d fn / d x)(x, args) v on tuples of tensors; `.T` is u -> (d fn / d x)^T u.
 
-    `fn(x, args)` is evaluated once, here. A transposed product replays that graph (a vjp), a forward
-    product replays the graph of its transpose (a vjp of a vjp, which needs `fn` to be twice
+    `fn(x, args)` is evaluated once, here. A transposed product replays that graph (a vjp), a
+    forward product replays the graph of its transpose (a vjp of a vjp, which needs `fn` to be twice
     differentiable by reverse mode), recorded at the first use. `wrt` numbers the tensors of `args`
     whose `vjp_args` will be asked for, from the same evaluation.
     """
@@ -69,7 +70,7 @@ class Jacobian:
         return _vjp(pulled, cotangents, v)
 
     @property
-    def T(self) -> Transpose:  # noqa: N802
+    def T(self) -> Transpose:
         """The transposed map, over the same recording."""
         return Transpose(self)
 
@@ -93,15 +94,16 @@ class Transpose:
         return self._jacobian.vjp(u)
 
     @property
-    def T(self) -> Jacobian:  # noqa: N802
+    def T(self) -> Jacobian:
         """The map itself."""
         return self._jacobian
 
 
 def transpose(matvec: Matvec, like: TensorTree) -> Matvec:
-    """u -> A^T u for a linear `matvec` on pytrees shaped as `like`: its own `.T`, else a recorded vjp.
+    """u -> A^T u for a linear `matvec` on pytrees like `like`: its own `.T`, else a recorded vjp.
 
-    Raises RuntimeError if the matvec's result does not depend on its argument through autograd.
+    Raises TypeError or ValueError where the matvec's result is not shaped as its argument, and
+    RuntimeError where it does not depend on it through autograd.
     """
     if isinstance(matvec, Transposable):
         return matvec.T
@@ -109,26 +111,28 @@ def transpose(matvec: Matvec, like: TensorTree) -> Matvec:
     x = tuple(torch.zeros_like(leaf, requires_grad=True) for leaf in leaves)
     with torch.enable_grad():
         y = matvec(optree.tree_unflatten(spec, x))
-    out_leaves, out_spec = optree.tree_flatten(y)
+    out_leaves = Layout.of(like).leaves_of(y, "the result of the matvec")
     if not any(leaf.requires_grad for leaf in out_leaves):
         raise RuntimeError(
-            "the matvec has no transpose: its result does not depend on its argument through autograd "
-            "(was it computed under torch.no_grad(), by detached tensors, or outside torch?). "
+            "the matvec has no transpose: its result does not depend on its argument through "
+            "autograd (was it computed under torch.no_grad(), detached, or outside torch?). "
             "Give an operator with a `.T`, or use a solver that needs A alone."
         )
 
     def rmatvec(u: TensorTree) -> TensorTree:
-        u_leaves, u_spec = optree.tree_flatten(u)
-        if u_spec != out_spec:
-            raise TypeError(f"the cotangent has the structure {u_spec}, the matvec's is {out_spec}.")
-        pulled = _vjp(tuple(out_leaves), x, tuple(u_leaves))
-        return optree.tree_unflatten(spec, pulled)
+        return optree.tree_unflatten(spec, _vjp(tuple(out_leaves), x, optree.tree_leaves(u)))
 
     return rmatvec
 
 
-def _vjp(y: Tensors, x: Tensors, u: Tensors, create_graph: bool = False) -> Tensors:
-    """Cotangents of x, zero where y does not depend on it; the graph is kept for the next replay."""
+def pullback(fn: Callable[..., Tensors], *primals: Tensor) -> Callable[[Tensors], Tensors]:
+    """u -> J^T u, J the Jacobian of `fn` at `primals`; differentiable in both, to any order."""
+    pull: Callable[[Tensors], Tensors] = torch.func.vjp(fn, *primals)[1]
+    return pull
+
+
+def _vjp(y: Tensors, x: Tensors, u: Sequence[Tensor], create_graph: bool = False) -> Tensors:
+    """Cotangents of x, zero where y does not depend on it; keeps the graph for the next replay."""
     # An output without grad contributes nothing, but autograd refuses it.
     live = [(out, cot) for out, cot in zip(y, u, strict=True) if out.requires_grad]
     if not live:

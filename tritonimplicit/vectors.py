@@ -1,4 +1,4 @@
-"""Pytree <-> one padded contiguous (B, ld) buffer: what lies between users' tensors and the kernels."""
+"""Pytree <-> one padded contiguous (B, ld) buffer: between users' tensors and the kernels."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Layout:
         return self._fill(self.zeros(), self.leaves_of(tree, name))
 
     def gather(self, tree: TensorTree, into: Callable[[], Tensor], name: str) -> Tensor:
-        """`tree` as (B, ld), to be read only: in place where its one leaf fits, else copied to `into()`.
+        """`tree` as (B, ld), to be read only: in place where its one leaf fits, else in `into()`.
 
         `into` returns a (B, ld) buffer whose padding is zero. Raises as `leaves_of` does.
         """
@@ -156,6 +156,6 @@ def _check_leaf(leaf: object, batch_ndim: int, first: Tensor, name: str) -> None
         raise ValueError(f"{name} is on {leaf.device}, the first leaf on {first.device}.")
     if leaf.ndim < batch_ndim or leaf.shape[:batch_ndim] != first.shape[:batch_ndim]:
         raise ValueError(
-            f"{name} has shape {tuple(leaf.shape)}: with batch_ndim={batch_ndim} every leaf must begin "
-            f"with the same {batch_ndim} dimensions, and the first leaf has {tuple(first.shape)}."
+            f"{name} has shape {tuple(leaf.shape)}: with batch_ndim={batch_ndim} every leaf must "
+            f"begin with the same {batch_ndim} dimensions; the first leaf is {tuple(first.shape)}."
         )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 from tritonimplicit_kernels import reference
 
-_NAMES = ("auto", "reference", "triton")
+BACKENDS: Final = ("auto", "reference", "triton")
 
 
 class Backend(Protocol):
@@ -80,8 +80,8 @@ def backend(name: str, device: torch.device | str, dtype: torch.dtype) -> Backen
         ImportError: "triton" is asked for and not installed.
         RuntimeError: "triton" is asked for and cannot run on `device`.
     """
-    if name not in _NAMES:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, _NAMES))}, not {name!r}")
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, not {name!r}")
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"vectors must be float32 or float64, not {dtype}")
     device = torch.device(device)

@@ -9,7 +9,7 @@ from tritonimplicit.operators import Matvec
 
 
 def cg(
-    A: TensorTree | Matvec,  # noqa: N803 - the name in SciPy, JAX and TorchOpt
+    A: TensorTree | Matvec,
     b: TensorTree,
     x0: TensorTree | None = None,
     *,
@@ -19,8 +19,8 @@ def cg(
 ) -> TensorTree:
     """Solve A x = b for symmetric definite A; stops at ‖b - A x‖ <= max(rtol ‖b‖, atol).
 
-    `A` is a square matrix, a pytree of square matrices (the diagonal blocks, one for each leaf of b),
-    or v -> A v. `x0` is the initial guess (zero by default), `maxiter` None is min(10 n, 1000).
+    `A` is a square matrix, a pytree of square matrices (the diagonal blocks, one for each leaf of
+    b), or v -> A v. `x0` is the initial guess (zero by default), `maxiter` None is min(10 n, 1000).
     Warnings and errors are those of `linear_solve.CG`.
     """
     solver = CG(rtol=rtol, atol=atol, maxiter=maxiter, init=x0)

@@ -13,7 +13,7 @@ from tritonimplicit.operators import Matvec
 
 
 def ns(
-    A: TensorTree | Matvec,  # noqa: N803
+    A: TensorTree | Matvec,
     b: TensorTree,
     maxiter: int | None = None,
     *,
@@ -21,14 +21,14 @@ def ns(
 ) -> TensorTree:
     """Approximate A^-1 b by alpha * sum over k = 0 .. maxiter of (I - alpha A)^k b.
 
-    `A` as in `cg`, but it need not be symmetric. `maxiter` None is 10, `alpha` None is 1. Warnings and
-    errors are those of `linear_solve.Neumann`.
+    `A` as in `cg`, but it need not be symmetric. `maxiter` None is 10, `alpha` None is 1.
+    Warnings and errors are those of `linear_solve.Neumann`.
     """
     return Neumann(maxiter=maxiter, alpha=alpha)(as_matvec(A, b), b)
 
 
 def ns_inv(
-    A: TensorTree,  # noqa: N803
+    A: TensorTree,
     maxiter: int | None = None,
     *,
     alpha: float | None = None,

@@ -13,6 +13,7 @@ import optree
 import torch
 from torch import Tensor
 
+import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import Solution, Status, TensorTree, warn_of_failures
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit.operators import Matvec
@@ -27,9 +28,9 @@ class LinearSolver(abc.ABC):
     """Solves A x = b for pytrees, given v -> A v.
 
     `ridge` (a float, or a tensor of the batch's shape) adds ridge * I to the matrix of the system
-    that the solver works on. The leading `batch_ndim` dimensions of every leaf of b index independent
-    systems. Fields are checked at construction: TypeError for an unknown field or a wrong type,
-    ValueError for a value out of range.
+    that the solver works on. The leading `batch_ndim` dimensions of every leaf of b index
+    independent systems. Fields are checked at construction: TypeError for an unknown field or a
+    wrong type, ValueError for a value out of range.
     """
 
     ridge: float | Tensor | None = None
@@ -100,8 +101,8 @@ class LinearSolver(abc.ABC):
             return None if ridge is None else float(ridge)
         if ridge.shape not in (torch.Size(), layout.batch_shape):
             raise ValueError(
-                f"ridge has shape {tuple(ridge.shape)}; it must be a number, a 0-dim tensor, or have "
-                f"the batch's shape {tuple(layout.batch_shape)}."
+                f"ridge has shape {tuple(ridge.shape)}; it must be a number, a 0-dim tensor, or "
+                f"have the batch's shape {tuple(layout.batch_shape)}."
             )
         if ridge.device != layout.device:
             raise ValueError(f"ridge is on {ridge.device}; b is on {layout.device}.")
@@ -136,6 +137,9 @@ class IterativeSolver(LinearSolver):
         for name in ("maxiter", "check_every"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        if self.backend not in kernels.BACKENDS:
+            names = ", ".join(map(repr, kernels.BACKENDS))
+            raise ValueError(f"backend must be one of {names}, not {self.backend!r}.")
 
     def iteration_limit(self, layout: Layout) -> int:
         """`maxiter`, or its default for this size."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import tritonimplicit_kernels as kernels
 from torch import Tensor
 
+import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linear_solve.base import IterativeSolver
 from tritonimplicit.linear_solve.loop import Progress, Recurrence, solve_and_verify
@@ -71,7 +71,7 @@ class _ConjugateGradient(Recurrence):
         self._p[rows] = residual[rows]
 
 
-def solve_cg(*, matvec: Matvec | None = None, b: TensorTree = None, **fields: Any) -> CG:
+def solve_cg(*, matvec: Matvec | None = None, b: TensorTree | None = None, **fields: Any) -> CG:
     """Return a conjugate gradient solver, `(matvec, b) -> x`; `fields` are those of `CG`.
 
     `matvec` and `b` are accepted because calls written for TorchOpt give them here too, and not

@@ -6,15 +6,15 @@ import math
 from dataclasses import dataclass
 
 import torch
-import tritonimplicit_kernels as kernels
 from torch import Tensor
-from tritonimplicit_kernels import status as codes
 
+import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linear_solve.base import LinearSolver
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit.operators import Matvec
 from tritonimplicit.vectors import Layout
+from tritonimplicit_kernels import status as codes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ def solve_inv(
     *,
     ns: bool = False,
     matvec: Matvec | None = None,
-    b: TensorTree = None,
+    b: TensorTree | None = None,
     **fields: Any,
 ) -> Dense | Neumann:
     """Return a solver by the inverse, `(matvec, b) -> x`: `Neumann` if `ns`, else `Dense`.

@@ -6,20 +6,21 @@ import abc
 import math
 
 import torch
-import tritonimplicit_kernels as kernels
 from torch import Tensor
-from tritonimplicit_kernels import status as codes
 
+import tritonimplicit_kernels as kernels
 from tritonimplicit.linear_solve.base import IterativeSolver
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
+from tritonimplicit_kernels import status as codes
 
 
 class Progress:
     """What the launches read and write of B systems besides their vectors, on the device.
 
-    `rr` (B, P) partial sums of the squared residual norm, `state` (2, B) status codes and iterations:
-    what one launch both reads and writes ping-pongs with `rr_out` and `state_out`. `threshold` (B,)
-    is the squared tolerance, `residual_sq` (B,) the last known squared residual norm.
+    `rr` (B, P) partial sums of the squared residual norm, `state` (2, B) status codes and
+    iterations; what a launch both reads and writes ping-pongs with `rr_out` and `state_out`.
+    `threshold` (B,) is the squared tolerance, `residual_sq` (B,) the last known squared residual
+    norm. All but `state` are float64.
     """
 
     def __init__(self, residual_norm: Tensor, tolerance: Tensor, partials: int):
@@ -85,7 +86,7 @@ class Poll:
 
 
 class Recurrence(abc.ABC):
-    """A method's vectors and its step: x (B, ld) is updated in place, `progress` tells how far it is."""
+    """A method's vectors and its step; x (B, ld) is updated in place."""
 
     apply: RowMatvec
     b: Tensor
@@ -102,7 +103,7 @@ class Recurrence(abc.ABC):
 
 
 def iterate(recurrence: Recurrence, maxiter: int, check_every: int | None) -> None:
-    """Step until no system runs, or `maxiter` times; ask after each `check_every` (None: 1; 0: never)."""
+    """Step until no system runs, or `maxiter` times; ask every `check_every` (None: 1; 0: no)."""
     every = 1 if check_every is None else check_every
     progress = recurrence.progress
     poll = Poll(progress.rr.device)

@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import tritonimplicit_kernels as kernels
 from torch import Tensor
-from tritonimplicit_kernels import status as codes
 
+import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linear_solve.base import IterativeSolver, check_real
 from tritonimplicit.linear_solve.loop import Progress, Recurrence, solve_and_verify
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit.operators import Matvec
 from tritonimplicit.vectors import Layout
+from tritonimplicit_kernels import status as codes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neumann(IterativeSolver):
-    """alpha * sum over k = 0 .. maxiter of (I - alpha A)^k b, which tends to A^-1 b if it converges.
+    """alpha * sum over k = 0 .. maxiter of (I - alpha A)^k b: A^-1 b in the limit, if there is one.
 
     Computed as Richardson's iteration x <- x + alpha (b - A x), one launch and one matvec an
     iteration and one matvec more for the residual that is reported. It needs the spectral radius

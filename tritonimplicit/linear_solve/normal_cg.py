@@ -29,7 +29,7 @@ class NormalCG(IterativeSolver):
 
 
 def solve_normal_cg(
-    *, matvec: Matvec | None = None, b: TensorTree = None, **fields: Any
+    *, matvec: Matvec | None = None, b: TensorTree | None = None, **fields: Any
 ) -> NormalCG:
     """Return a solver of A^T A x = A^T b by CG, `(matvec, b) -> x`; `fields` are `NormalCG`'s.
 

@@ -40,15 +40,17 @@ class RowMatvec:
         if any(isinstance(t, Tensor) and t.requires_grad for t in optree.tree_leaves(result)):
             raise RuntimeError(
                 "the matvec's result requires grad, but a solver called directly is not "
-                "differentiated: call it under torch.no_grad(), or detach what the matvec closes over; "
-                "custom_root gives gradients through a solution."
+                "differentiated: call it under torch.no_grad(), or detach what the matvec closes "
+                "over; custom_root gives gradients through a solution."
             )
         rows = self.layout.gather(result, self._buffer, "the result of the matvec")
         if isinstance(self._ridge, Tensor):
             return torch.addcmul(rows, v, self._ridge, out=self._buffer())
         if self._ridge is not None:
             return torch.add(rows, v, alpha=self._ridge, out=self._buffer())
-        if _share_memory(rows, v):  # an identity hands v back, and v changes while the result is read
+        if _share_memory(
+            rows, v
+        ):  # an identity hands v back, and v changes while the result is read
             return self._buffer().copy_(rows)
         return rows
 

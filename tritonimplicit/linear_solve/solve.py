@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from tritonimplicit.linear_solve.base import Solve
-from tritonimplicit.operators import Jacobian, ResidualFn, Tensors
+from tritonimplicit.operators import Jacobian, ResidualFn, Tensors, pullback
 
 MaybeTensors: TypeAlias = tuple[Tensor | None, ...]
 
@@ -32,11 +32,14 @@ def linear_solve(
     The derivatives hold as far as the solve does: they take its result for the solution of the
     equation, whatever its tolerance.
     """
-    result: Tensors = _LinearSolve.apply(family, transpose, len(x), *x, *args, *b)
-    return result
+    flat = (*x, *args, *b)
+    u: Tensors = _LinearSolve.apply(family, transpose, len(x), *flat)  # type: ignore[no-untyped-call]
+    return u
 
 
-def replace_at(tensors: Sequence[Any], positions: Sequence[int], new: Sequence[Any]) -> tuple[Any, ...]:
+def replace_at(
+    tensors: Sequence[Any], positions: Sequence[int], new: Sequence[Any]
+) -> tuple[Any, ...]:
     """Return `tensors` with `new` in these positions."""
     replaced = list(tensors)
     for position, tensor in zip(positions, new, strict=True):
@@ -72,12 +75,10 @@ class _LinearSolve(torch.autograd.Function):
 
             def pulled(*some: Tensor) -> Tensors:
                 tensors = replace_at(given, wanted, some)
-                _, vjp = torch.func.vjp(lambda *x: family.fn(x, tensors[n:]), *tensors[:n])
-                products: Tensors = vjp(right)
-                return products
+                return pullback(lambda *x: family.fn(x, tensors[n:]), *tensors[:n])(right)
 
-            _, vjp = torch.func.vjp(pulled, *(given[i] for i in wanted))
-            grads = replace_at(grads, wanted, vjp(tuple(-t for t in left)))
+            pull = pullback(pulled, *(given[i] for i in wanted))
+            grads = replace_at(grads, wanted, pull(tuple(-t for t in left)))
         return (None, None, None, *grads, *w)
 
 

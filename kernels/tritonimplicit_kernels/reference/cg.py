@@ -45,10 +45,12 @@ def cg_step(
     eps = torch.finfo(x.dtype).eps
     code = _next_code(rr_b, pap, apap, state, threshold, maxiter, eps)
     advances = settle(code, rr_b, state, state_out, residual_sq)
-    alpha = rr_b / pap
-    beta = (alpha * alpha * apap - rr_b).clamp_min_(0) / rr_b
-    alpha, beta = alpha.to(x.dtype)[:, None], beta.to(x.dtype)[:, None]  # (B, 1)
     rr_out.zero_()
+    if not any(advances):
+        return
+    alpha = rr_b / pap
+    beta = (alpha * alpha * apap - rr_b).clamp_min_(0).div_(rr_b)
+    alpha, beta = alpha.to(x.dtype)[:, None], beta.to(x.dtype)[:, None]  # (B, 1)
     for rows in row_groups(advances, x.shape[1]):
         vectors = x[rows], r[rows], p[rows], ap[rows]
         tiles = column_tiles(*vectors)
@@ -78,10 +80,11 @@ def _next_code(
 ) -> Tensor:
     """Say what each running system turns to; the last rule that holds wins."""
     seen, iterations = state
-    code = torch.where(pap > 0, status.RUNNING_POSITIVE, status.RUNNING_NEGATIVE).to(torch.int32)
+    size = pap.abs()
+    code = status.RUNNING_POSITIVE - (pap <= 0).int()  # one less is RUNNING_NEGATIVE
     code.masked_fill_((seen != status.RUNNING) & (seen != code), status.INDEFINITE)
-    code.masked_fill_(pap.abs() <= eps * rr.sqrt() * apap.sqrt(), status.BREAKDOWN)
-    code.masked_fill_(~(pap + apap).isfinite(), status.NON_FINITE)
+    code.masked_fill_(size <= rr.sqrt() * apap.sqrt() * eps, status.BREAKDOWN)
+    code.masked_fill_(~((size < torch.inf) & (apap < torch.inf)), status.NON_FINITE)
     code.masked_fill_(iterations >= maxiter, status.MAX_ITERATIONS)
     code.masked_fill_(rr <= threshold, status.CONVERGED)
-    return code.masked_fill_(~rr.isfinite(), status.NON_FINITE)
+    return code.masked_fill_(~(rr < torch.inf), status.NON_FINITE)

@@ -54,4 +54,4 @@ def _next_code(
     code.masked_fill_(state[1] >= maxiter, status.MAX_ITERATIONS)
     code.masked_fill_(rr > limit, status.DIVERGED)
     code.masked_fill_(rr <= threshold, status.CONVERGED)
-    return code.masked_fill_(~rr.isfinite(), status.NON_FINITE)
+    return code.masked_fill_(~(rr < torch.inf), status.NON_FINITE)

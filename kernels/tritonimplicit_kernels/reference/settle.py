@@ -1,4 +1,4 @@
-"""Decide which systems go on: status codes in, status codes out."""
+"""Which systems go on: the decisions of a step, vectorised over the systems."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ def settle(
 ) -> list[bool]:
     """Write what the systems have come to, and return which of them advance.
 
-    `code` (B,) is what the running systems turn to, `rr` (B,) their squared residual norm;
-    frozen systems (`state[0]` >= 0) keep what they have.
+    `code` (B,) says what a running system turns to, `rr` (B,) is the squared norm of its residual.
+    Frozen systems (`state[0]` >= 0) keep what they have.
     """
-    runs = state[0] < 0
+    seen, iterations = state
+    runs = seen < 0
     torch.where(runs, rr, residual_sq, out=residual_sq)
-    torch.where(runs, code, state[0], out=state_out[0])
+    torch.where(runs, code, seen, out=state_out[0])
     advances = state_out[0] < 0
-    torch.add(state[1], advances, out=state_out[1])
+    torch.add(iterations, advances, out=state_out[1])
     return advances.tolist()  # type: ignore[no-any-return]

@@ -1,1 +1,19 @@
-INTERPRETED = False
+"""The ops as Triton kernels. Imported only when first needed: triton is optional."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import triton
+
+from tritonimplicit_kernels.triton.cg_dots import _cg_dots_kernel, cg_dots
+from tritonimplicit_kernels.triton.cg_step import cg_step
+from tritonimplicit_kernels.triton.launch import partial_count
+from tritonimplicit_kernels.triton.neumann_step import neumann_step
+
+__all__ = ["INTERPRETED", "cg_dots", "cg_step", "name", "neumann_step", "partial_count"]
+
+name: Final = "triton"
+
+# Whether the kernels run in Triton's interpreter, on the CPU: decided when they were defined.
+INTERPRETED: Final = not isinstance(_cg_dots_kernel, triton.JITFunction)

@@ -13,7 +13,7 @@ from tritonimplicit.linear_solve.solve import (
     linear_solve,
     replace_at,
 )
-from tritonimplicit.operators import Jacobian, Tensors
+from tritonimplicit.operators import Jacobian, Tensors, pullback
 
 
 def root_vjp(
@@ -32,9 +32,7 @@ def root_vjp(
         def residual(*some: Tensor) -> Tensors:
             return family.fn(x, replace_at(args, wrt, some))
 
-        _, vjp = torch.func.vjp(residual, *(args[i] for i in wrt))
-        pulled: Tensors = vjp(u)
-        return pulled, None
+        return pullback(residual, *(args[i] for i in wrt))(u), None
     jacobian = Jacobian(family.fn, x, args, wrt)
     u = checked_solution(family.solve(jacobian.T, negated), negated)
     return jacobian.vjp_args(u), jacobian

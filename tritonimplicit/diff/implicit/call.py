@@ -34,12 +34,11 @@ class RootCall:
     ):
         self._solver_fn, self._optimality_fn, self._has_aux = solver_fn, optimality_fn, has_aux
         self._aux: Any = None
-        self._leaves, self._spec = optree.tree_flatten(
-            (bound.args, bound.kwargs), none_is_leaf=True
-        )
-        self._where = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
-        self.tensors: Tensors = tuple(self._leaves[i] for i in self._where)
-        self._leaves = replace_at(self._leaves, self._where, [None] * len(self._where))
+        arguments: Any = (bound.args, bound.kwargs)
+        leaves, self._spec = optree.tree_flatten(arguments, none_is_leaf=True)
+        self._where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.tensors: Tensors = tuple(leaves[i] for i in self._where)
+        self._static = replace_at(leaves, self._where, [None] * len(self._where))
         self.differentiable = self._mark(bound.args, argnums)
         self.family = LinearFamily(self._residual, solve)
 
@@ -75,8 +74,8 @@ class RootCall:
         leaves, spec = optree.tree_flatten(self._optimality_fn(tree, *args[1:], **kwargs))
         if spec != self._solution_spec:
             raise TypeError(
-                f"optimality_fn returned the structure {spec}; it must return that of the solution, "
-                f"{self._solution_spec}."
+                f"optimality_fn returned the structure {spec}; it must return that of the "
+                f"solution, {self._solution_spec}."
             )
         for leaf, like in zip(leaves, x, strict=True):
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
@@ -84,14 +83,15 @@ class RootCall:
                 raise TypeError(f"optimality_fn must return floating point tensors, not {got}.")
             if leaf.shape != like.shape:
                 raise ValueError(
-                    f"optimality_fn returned a tensor of shape {tuple(leaf.shape)} for a solution of "
-                    f"shape {tuple(like.shape)}: the residual must have the solution's shapes."
+                    f"optimality_fn returned a tensor of shape {tuple(leaf.shape)} for a solution "
+                    f"of shape {tuple(like.shape)}: the residual must have its shapes."
                 )
         return tuple(leaf.to(like.dtype) for leaf, like in zip(leaves, x, strict=True))
 
     def _rebuild(self, tensors: Tensors) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        leaves = replace_at(self._leaves, self._where, tensors)
-        args, kwargs = optree.tree_unflatten(self._spec, leaves)
+        leaves = replace_at(self._static, self._where, tensors)
+        arguments: Any = optree.tree_unflatten(self._spec, leaves)
+        args, kwargs = arguments
         return args, kwargs
 
     def _mark(self, args: tuple[Any, ...], argnums: Sequence[int]) -> tuple[bool, ...]:

@@ -31,10 +31,10 @@ def warn_of_hidden_leaves(outputs: Iterable[Tensor], given: Iterable[Tensor]) ->
     if hidden:
         shapes = ", ".join(str(tuple(t.shape)) for t in hidden[:5])
         warnings.warn(
-            f"optimality_fn uses {len(hidden)} tensors that require grad without being given them as "
-            f"arguments in argnums (shapes {shapes}{', ...' if len(hidden) > 5 else ''}): they get no "
-            "gradient. Pass them as an argument and name it in argnums (a module's parameters by "
-            "torch.func.functional_call), or detach them.",
+            f"optimality_fn uses {len(hidden)} tensors that require grad and are in no argument "
+            f"named by argnums (shapes {shapes}{', ...' if len(hidden) > 5 else ''}): they get no "
+            "gradient. Pass them as an argument and name it in argnums (a module's parameters "
+            "through torch.func.functional_call), or detach them.",
             UserWarning,
             stacklevel=2,
         )

@@ -7,8 +7,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from tritonimplicit.diff.implicit.call import PREFIX, RootCall
 from tritonimplicit.diff.implicit.root import Root
 from tritonimplicit.linear_solve.base import Solve
@@ -28,11 +26,12 @@ def custom_root(
     The solver runs without grad. Its result carries the gradient of the root, by the implicit
     function theorem, into the arguments numbered by `argnums`; `init` and the other arguments get
     none. x and those arguments are tensors or optree pytrees of tensors; `optimality_fn` takes the
-    solver's arguments with x in the place of `init` and returns a pytree of x's structure and shapes.
+    solver's arguments with x in the place of `init` and returns a residual of x's structure and
+    shapes.
 
     Args:
         optimality_fn: the optimality condition, a differentiable function; a fixed point z = f(z)
-            is the root of z - f(z). Tensors that it closes over get no gradient (a warning says so).
+            is the root of z - f(z). What it closes over gets no gradient (a warning says so).
         argnums: which arguments of the solver to differentiate in, counting `init` as 0; not 0.
         has_aux: the solver returns (x, aux); aux is handed through untouched.
         solve: `(matvec, b) -> u`, called in the backward pass with A^T, A = d optimality / d x, and
@@ -58,7 +57,7 @@ def custom_root(
             bound.apply_defaults()
             _check_optimality_takes(optimality_signature, bound)
             call = RootCall(solver_fn, optimality_fn, solver, positions, has_aux, bound)
-            return call.result(Root.apply(call, *call.tensors))
+            return call.result(Root.apply(call, *call.tensors))  # type: ignore[no-untyped-call]
 
         return wrapped  # type: ignore[return-value]
 
@@ -72,8 +71,8 @@ def _positions(argnums: int | Sequence[int]) -> tuple[int, ...]:
             raise TypeError(f"argnums must be an int or a tuple of ints, not {argnums!r}.")
         if position < 1:
             raise ValueError(
-                f"argnums counts the solver's first argument, the initial guess, as 0, which has no "
-                f"gradient; positions must be 1 or more, not {argnums!r}."
+                f"argnums counts the solver's first argument, the initial guess, as 0, which has "
+                f"no gradient; positions must be 1 or more, not {argnums!r}."
             )
     if not positions:
         raise ValueError("argnums is empty: name at least one argument to differentiate in.")

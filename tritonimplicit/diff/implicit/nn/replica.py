@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from collections.abc import Callable
@@ -65,12 +66,17 @@ class _Replication:
             vars(copy)[slots] = dict(vars(copy)[slots])
 
     def _closure(self, function: types.FunctionType, closure: tuple[types.CellType, ...]) -> None:
-        copy = types.FunctionType(
-            function.__code__,
-            function.__globals__,
-            function.__name__,
-            function.__defaults__,
-            tuple(types.CellType() for _ in closure),
-        )
-        functools.update_wrapper(copy, function)
-        ...
+        code, name = function.__code__, function.__name__
+        cells = tuple(types.CellType() for _ in closure)
+        copy = types.FunctionType(code, function.__globals__, name, function.__defaults__, cells)
+        copy.__kwdefaults__ = function.__kwdefaults__
+        vars(copy).update(vars(function))
+        self.done[id(function)] = copy
+        changed = False
+        for cell, original in zip(cells, closure, strict=True):
+            with contextlib.suppress(ValueError):  # a cell that is still empty
+                content = original.cell_contents
+                cell.cell_contents = self.tree(content)
+                changed |= cell.cell_contents is not content and content is not function
+        if not changed:
+            self.done[id(function)] = function

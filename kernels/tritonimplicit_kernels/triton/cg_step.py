@@ -1,0 +1,150 @@
+"""Second launch of a CG iteration: update x, r, p and recompute r.r, 7 passes.
+
+Predict-and-recompute conjugate gradients (Chen and Carson 2020, doi 10.1137/19M1276856).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritonimplicit_kernels import status
+from tritonimplicit_kernels.triton.launch import launch
+from tritonimplicit_kernels.triton.programs import chunk_bounds, fold
+
+_RUNNING = tl.constexpr(status.RUNNING)
+_RUNNING_POSITIVE = tl.constexpr(status.RUNNING_POSITIVE)
+_RUNNING_NEGATIVE = tl.constexpr(status.RUNNING_NEGATIVE)
+_CONVERGED = tl.constexpr(status.CONVERGED)
+_MAX_ITERATIONS = tl.constexpr(status.MAX_ITERATIONS)
+_BREAKDOWN = tl.constexpr(status.BREAKDOWN)
+_INDEFINITE = tl.constexpr(status.INDEFINITE)
+_NON_FINITE = tl.constexpr(status.NON_FINITE)
+_EPS_FP32 = tl.constexpr(2.0**-23)
+_EPS_FP64 = tl.constexpr(2.0**-52)
+_INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _next_code(rr, pap, apap, seen, iterations, threshold, maxiter, EPS: tl.constexpr):
+    """Say what a running system turns to; the last rule that holds wins."""
+    code = tl.where(pap > 0, _RUNNING_POSITIVE, _RUNNING_NEGATIVE)
+    code = tl.where((seen != _RUNNING) & (seen != code), _INDEFINITE, code)
+    code = tl.where(tl.abs(pap) <= tl.sqrt(rr) * tl.sqrt(apap) * EPS, _BREAKDOWN, code)
+    code = tl.where((tl.abs(pap) < _INF) & (apap < _INF), code, _NON_FINITE)
+    code = tl.where(iterations >= maxiter, _MAX_ITERATIONS, code)
+    code = tl.where(rr <= threshold, _CONVERGED, code)
+    return tl.where(rr < _INF, code, _NON_FINITE)
+
+
+@triton.jit
+def _update_block(x_ptr, r_ptr, p_ptr, ap_ptr, alpha, beta, offsets, mask, other):
+    """Update one block of x, r, p; return the squares of the new r in float64."""
+    p = tl.load(p_ptr + offsets, mask=mask, other=other)
+    ap = tl.load(ap_ptr + offsets, mask=mask, other=other)
+    x = tl.load(x_ptr + offsets, mask=mask, other=other)
+    r = tl.load(r_ptr + offsets, mask=mask, other=other) - alpha * ap
+    tl.store(x_ptr + offsets, x + alpha * p, mask=mask)
+    tl.store(r_ptr + offsets, r, mask=mask)
+    tl.store(p_ptr + offsets, r + beta * p, mask=mask)
+    r64 = r.to(tl.float64)
+    return r64 * r64
+
+
+@triton.jit(do_not_specialize=["maxiter", "ld16", "P"])
+def _cg_step_kernel(
+    x_ptr,
+    r_ptr,
+    p_ptr,
+    ap_ptr,
+    dots_ptr,
+    rr_ptr,
+    state_ptr,
+    threshold_ptr,
+    maxiter: tl.int64,
+    rr_out_ptr,
+    state_out_ptr,
+    residual_sq_ptr,
+    ld16,
+    P,
+    MAX_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    batch = programs // P
+    b = (pid // P).to(tl.int64)
+    dtype = x_ptr.dtype.element_ty
+    eps: tl.constexpr = _EPS_FP32 if dtype == tl.float32 else _EPS_FP64
+
+    seen = tl.load(state_ptr + b)
+    iterations = tl.load(state_ptr + batch + b)
+    rr = fold(rr_ptr + b * P, P, MAX_P)
+    pap = fold(dots_ptr + b * P, P, MAX_P)
+    apap = fold(dots_ptr + programs + b * P, P, MAX_P)
+    threshold = tl.load(threshold_ptr + b)
+    runs = seen < 0
+    code = _next_code(rr, pap, apap, seen, iterations, threshold, maxiter, eps)
+    code = tl.where(runs, code, seen)
+    if pid % P == 0:
+        tl.store(state_out_ptr + b, code)
+        tl.store(state_out_ptr + batch + b, iterations + (code < 0).to(tl.int32))
+        tl.store(residual_sq_ptr + b, rr, mask=runs)
+
+    squares = tl.zeros([BLOCK], tl.float64)
+    if code < 0:
+        alpha = rr / pap
+        beta = (tl.maximum(alpha * alpha * apap - rr, 0.0) / rr).to(dtype)
+        alpha = alpha.to(dtype)
+        ld = ld16.to(tl.int64) * 16
+        start, whole, end = chunk_bounds(pid % P, ld, P, BLOCK)
+        x_ptr += b * ld
+        r_ptr += b * ld
+        p_ptr += b * ld
+        ap_ptr += b * ld
+        lanes = tl.arange(0, BLOCK)
+        for s in range(start, whole, BLOCK):
+            squares += _update_block(
+                x_ptr, r_ptr, p_ptr, ap_ptr, alpha, beta, s + lanes, None, None
+            )
+        if whole < end:
+            tail = whole + lanes
+            squares += _update_block(
+                x_ptr, r_ptr, p_ptr, ap_ptr, alpha, beta, tail, tail < end, 0.0
+            )
+    tl.store(rr_out_ptr + pid, tl.sum(squares, axis=0))
+
+
+def cg_step(
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    ap: Tensor,
+    dots: Tensor,
+    rr: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    maxiter: int,
+    rr_out: Tensor,
+    state_out: Tensor,
+    residual_sq: Tensor,
+) -> None:
+    """Advance each running system by one iteration, or stop it."""
+    launch(
+        _cg_step_kernel,
+        x,
+        rr_out,
+        x,
+        r,
+        p,
+        ap,
+        dots,
+        rr,
+        state,
+        threshold,
+        maxiter,
+        rr_out,
+        state_out,
+        residual_sq,
+    )

@@ -1,0 +1,125 @@
+"""One iteration of the Neumann series as Richardson's, x += alpha (b - A x): 4 passes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritonimplicit_kernels import status
+from tritonimplicit_kernels.triton.launch import launch
+from tritonimplicit_kernels.triton.programs import chunk_bounds, fold
+
+_RUNNING = tl.constexpr(status.RUNNING)
+_CONVERGED = tl.constexpr(status.CONVERGED)
+_MAX_ITERATIONS = tl.constexpr(status.MAX_ITERATIONS)
+_DIVERGED = tl.constexpr(status.DIVERGED)
+_NON_FINITE = tl.constexpr(status.NON_FINITE)
+_INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _next_code(rr, iterations, threshold, limit, maxiter):
+    """Say what a running system turns to; the last rule that holds wins."""
+    code = tl.where(iterations >= maxiter, _MAX_ITERATIONS, _RUNNING)
+    code = tl.where(rr > limit, _DIVERGED, code)
+    code = tl.where(rr <= threshold, _CONVERGED, code)
+    return tl.where(rr < _INF, code, _NON_FINITE)
+
+
+@triton.jit
+def _update_block(x_ptr, ax_ptr, b_ptr, alpha, offsets, mask, other):
+    """Update one block of x; return the squares of the residual in float64."""
+    b = tl.load(b_ptr + offsets, mask=mask, other=other)
+    residual = b - tl.load(ax_ptr + offsets, mask=mask, other=other)
+    x = tl.load(x_ptr + offsets, mask=mask, other=other)
+    tl.store(x_ptr + offsets, x + alpha * residual, mask=mask)
+    residual64 = residual.to(tl.float64)
+    return residual64 * residual64
+
+
+@triton.jit(do_not_specialize=["maxiter", "ld16", "P"])
+def _neumann_step_kernel(
+    x_ptr,
+    ax_ptr,
+    b_ptr,
+    alpha_ptr,
+    rr_ptr,
+    state_ptr,
+    threshold_ptr,
+    limit_ptr,
+    maxiter: tl.int64,
+    rr_out_ptr,
+    state_out_ptr,
+    residual_sq_ptr,
+    ld16,
+    P,
+    MAX_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    batch = tl.num_programs(0) // P
+    b = (pid // P).to(tl.int64)
+
+    seen = tl.load(state_ptr + b)
+    iterations = tl.load(state_ptr + batch + b)
+    rr = fold(rr_ptr + b * P, P, MAX_P)
+    runs = seen < 0
+    code = _next_code(
+        rr, iterations, tl.load(threshold_ptr + b), tl.load(limit_ptr + b), maxiter
+    )
+    code = tl.where(runs, code, seen)
+    if pid % P == 0:
+        tl.store(state_out_ptr + b, code)
+        tl.store(state_out_ptr + batch + b, iterations + (code < 0).to(tl.int32))
+        tl.store(residual_sq_ptr + b, rr, mask=runs)
+
+    squares = tl.zeros([BLOCK], tl.float64)
+    if code < 0:
+        alpha = tl.load(alpha_ptr + b).to(x_ptr.dtype.element_ty)
+        ld = ld16.to(tl.int64) * 16
+        start, whole, end = chunk_bounds(pid % P, ld, P, BLOCK)
+        x_ptr += b * ld
+        ax_ptr += b * ld
+        b_ptr += b * ld
+        lanes = tl.arange(0, BLOCK)
+        for s in range(start, whole, BLOCK):
+            squares += _update_block(x_ptr, ax_ptr, b_ptr, alpha, s + lanes, None, None)
+        if whole < end:
+            tail = whole + lanes
+            squares += _update_block(x_ptr, ax_ptr, b_ptr, alpha, tail, tail < end, 0.0)
+    tl.store(rr_out_ptr + pid, tl.sum(squares, axis=0))
+
+
+def neumann_step(
+    x: Tensor,
+    ax: Tensor,
+    b: Tensor,
+    alpha: Tensor,
+    rr: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    limit: Tensor,
+    maxiter: int,
+    rr_out: Tensor,
+    state_out: Tensor,
+    residual_sq: Tensor,
+) -> None:
+    """Advance each running system by one iteration, or stop it."""
+    launch(
+        _neumann_step_kernel,
+        x,
+        rr_out,
+        x,
+        ax,
+        b,
+        alpha,
+        rr,
+        state,
+        threshold,
+        limit,
+        maxiter,
+        rr_out,
+        state_out,
+        residual_sq,
+    )

@@ -1,0 +1,131 @@
+"""Bad settings and bad input get an error that says what is wrong."""
+
+import pytest
+import torch
+import tritonimplicit as ti
+from tritonimplicit.linear_solve import (
+    CG,
+    Dense,
+    Neumann,
+    NormalCG,
+    solve_cg,
+    solve_inv,
+    solve_normal_cg,
+)
+
+
+@pytest.mark.parametrize("build", [CG, NormalCG, Neumann, Dense])
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"maxitre": 3}, TypeError, "maxitre"),
+        ({"batch_ndim": -1}, ValueError, "batch_ndim"),
+        ({"batch_ndim": 1.0}, TypeError, "batch_ndim"),
+        ({"ridge": "big"}, TypeError, "ridge"),
+        ({"ridge": float("nan")}, ValueError, "ridge"),
+        ({"ridge": torch.ones((), requires_grad=True)}, ValueError, "ridge requires grad"),
+        ({"ridge": torch.ones((), dtype=torch.int32)}, TypeError, "int32"),
+    ],
+)
+def test_settings_of_every_solver(build, fields, error, message):
+    with pytest.raises(error, match=message):
+        build(**fields)
+
+
+@pytest.mark.parametrize("build", [CG, NormalCG, Neumann])
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"maxiter": -1}, ValueError, "maxiter"),
+        ({"maxiter": 2.0}, TypeError, "maxiter"),
+        ({"maxiter": True}, TypeError, "maxiter"),
+        ({"rtol": -1e-5}, ValueError, "rtol"),
+        ({"rtol": float("inf")}, ValueError, "rtol"),
+        ({"atol": "small"}, TypeError, "atol"),
+        ({"check_every": -2}, ValueError, "check_every"),
+        ({"backend": "cuda"}, ValueError, "'auto', 'reference', 'triton'"),
+    ],
+)
+def test_settings_of_iterative_solvers(build, fields, error, message):
+    with pytest.raises(error, match=message):
+        build(**fields)
+
+
+def test_alpha_must_move_the_iterate():
+    with pytest.raises(ValueError, match="alpha"):
+        Neumann(alpha=0.0)
+
+
+def test_overrides_are_checked_as_fields_are():
+    with pytest.raises(TypeError, match="tol"):
+        CG()(lambda v: v, torch.ones(2), tol=1e-3)
+    with pytest.raises(ValueError, match="maxiter"):
+        CG()(lambda v: v, torch.ones(2), maxiter=-1)
+
+
+def test_factories_take_torchopts_extra_keywords_and_build_solvers():
+    b = torch.ones(2)
+    assert solve_cg(matvec=torch.sin, b=b, ridge=1.0) == CG(ridge=1.0)
+    assert solve_normal_cg(maxiter=5, atol=0) == NormalCG(maxiter=5, atol=0)
+    assert solve_inv(ns=True, maxiter=3, alpha=0.1) == Neumann(maxiter=3, alpha=0.1)
+    assert solve_inv(matvec=torch.sin, b=b, ns=False) == Dense()
+    x = solve_inv(matvec=torch.sin, b=b, ridge=1.0)(matvec=lambda v: v, b=b)
+    assert x.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("solver", [CG(), NormalCG(), Neumann(), Dense()], ids=str)
+@pytest.mark.parametrize(
+    ("matvec", "error", "message"),
+    [
+        (lambda v: (v,), TypeError, "structure"),
+        (lambda v: v[:2], ValueError, r"shape \(2,\)"),
+        (lambda v: v.double(), TypeError, "float64"),
+        (lambda v: v.to("meta"), ValueError, "meta"),
+    ],
+)
+def test_a_matvec_that_does_not_fit_b(solver, matvec, error, message):
+    with pytest.raises(error, match=message):
+        solver(matvec, torch.ones(3))
+
+
+@pytest.mark.parametrize("solver", [CG(), NormalCG(), Neumann(), Dense()], ids=str)
+@pytest.mark.parametrize(
+    ("b", "error"),
+    [({}, ValueError), (torch.ones(3, dtype=torch.int64), TypeError), ([1.0], TypeError)],
+)
+def test_a_b_that_is_no_vector(solver, b, error):
+    with pytest.raises(error):
+        solver(lambda v: v, b)
+
+
+def test_init_must_have_the_shapes_of_b():
+    with pytest.raises(ValueError, match="Tensors in x0 and b must have matching shapes"):
+        CG(init=torch.zeros(2))(lambda v: v, torch.ones(3))
+    with pytest.raises(TypeError, match="float64"):
+        CG(init=torch.zeros(3, dtype=torch.float64))(lambda v: v, torch.ones(3))
+
+
+def test_a_ridge_must_fit_the_batch():
+    with pytest.raises(ValueError, match="the batch's shape"):
+        CG(ridge=torch.ones(3), batch_ndim=1)(lambda v: v, torch.ones(2, 3))
+
+
+def test_a_direct_call_is_not_silently_cut_off_from_autograd():
+    scale = torch.ones(3, requires_grad=True)
+    for solver in (CG(), NormalCG(), Neumann(), Dense()):
+        with pytest.raises(RuntimeError, match="custom_root"):
+            solver(lambda v: v, torch.ones(3, requires_grad=True))
+        with torch.no_grad():
+            solver(lambda v: v * scale, torch.ones(3))
+    for solver in (CG(), Neumann(), Dense()):
+        with pytest.raises(RuntimeError, match="custom_root"):
+            solver(lambda v: v * scale, torch.ones(3))
+
+
+def test_a_forced_backend_is_never_replaced_in_silence():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        CG(backend="triton")(lambda v: v, torch.ones(3))
+
+
+def test_the_status_enum_is_public():
+    assert ti.Status(6) is ti.Status.NON_FINITE

@@ -1,0 +1,5 @@
+"""Modules with implicit gradients."""
+
+from tritonimplicit.diff.implicit.nn.module import ImplicitMetaGradientModule
+
+__all__ = ["ImplicitMetaGradientModule"]
