@@ -133,7 +133,6 @@ def fixed_point() -> tuple[Tensor, ...]:
 
 
 def main() -> list[tuple[Tensor, ...]]:
-    torch.set_printoptions(precision=4, sci_mode=False)
     cases = {
         "iMAML, functions, normal CG": imaml_by_functions(solve_normal_cg(maxiter=5, atol=0)),
         "iMAML, functions, Neumann": imaml_by_functions(solve_inv(ns=True, maxiter=100, alpha=0.1)),

@@ -65,7 +65,7 @@ def custom_root(
 
 
 def _positions(argnums: int | Sequence[int]) -> tuple[int, ...]:
-    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    positions = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
     for position in positions:
         if isinstance(position, bool) or not isinstance(position, int):
             raise TypeError(f"argnums must be an int or a tuple of ints, not {argnums!r}.")

@@ -101,7 +101,9 @@ class ImplicitMetaGradientModule(MetaGradientModule, abc.ABC):
 
     def _apply(self: M, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> M:
         # Torch converts leaves in place; a solution is replaced, so that its graph goes on.
-        issued = [(solution, leaf) for solution, leaf in self._take_back() if solution.grad_fn]
+        issued = [
+            (solution, leaf) for solution, leaf in self._take_back() if solution.grad_fn is not None
+        ]
         super()._apply(fn, recurse)
         with torch.enable_grad():
             self._issue((fn(solution), leaf) for solution, leaf in issued)
@@ -179,6 +181,7 @@ def enable_implicit_gradients(cls: type[M]) -> type[M]:
         def solver(_init: Tensors, _meta: Tensors, _: M, /, *args: Any, **kwargs: Any) -> Tensors:
             module: M = handover.pop()
             handover.append(run(module, *args, **kwargs))
+            module._take_back()  # run() may have called the `solve` of a parent class
             return tuple(p.detach().clone() for p in _named(module, names))
 
         implicit = custom_root(_residual, argnums=1, solve=type(self).linear_solve)(solver)
@@ -247,6 +250,12 @@ def _variables(module: ImplicitMetaGradientModule) -> tuple[tuple[str, ...], Ten
         raise RuntimeError("The module has no parameters that require grad.")
     if not meta:
         raise RuntimeError("The module has no meta-parameters.")
+    meta_ids = set(map(id, meta))
+    if shared := [name for name in names if id(named[name]) in meta_ids]:
+        raise RuntimeError(
+            f"Parameters of the module are meta-parameters as well: {', '.join(shared)}. "
+            'Make them copies, for example by module_clone(meta_module, by="deepcopy").'
+        )
     return tuple(names), meta
 
 
