@@ -1,19 +1,23 @@
-"""Fused vector kernels for batched linear solvers: vectors in, vectors out."""
+"""Fused vector kernels for batched linear solvers: vectors in, vectors out.
+
+A registered op checks its arguments and works under torch.compile; a solver's eager loop takes
+the plain functions of a `backend` instead.
+"""
 
 from __future__ import annotations
 
 from tritonimplicit_kernels import status
-from tritonimplicit_kernels.backends import BACKENDS, Backend, backend
+from tritonimplicit_kernels.backends import Backend, backend, partial_count
 from tritonimplicit_kernels.ops import cg_dots, cg_step, neumann_step
 from tritonimplicit_kernels.reference import row_norms
 
 __all__ = [
-    "BACKENDS",
     "Backend",
     "backend",
     "cg_dots",
     "cg_step",
     "neumann_step",
+    "partial_count",
     "row_norms",
     "status",
 ]

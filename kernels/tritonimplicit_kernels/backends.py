@@ -91,6 +91,11 @@ def backend(name: str, device: torch.device | str, dtype: torch.dtype) -> Backen
     return reference if name == "reference" else _triton(device)
 
 
+def partial_count(ld: int, device: torch.device | str) -> int:
+    """Return P, the partial sums a row of `ld` elements that the ops on `device` work best with."""
+    return backend("auto", device, torch.float32).partial_count(ld)
+
+
 def _triton(device: torch.device) -> Backend:
     if not find_spec("triton"):
         raise ImportError(

@@ -98,6 +98,11 @@ def test_a_b_that_is_no_vector(solver, b, error):
         solver(lambda v: v, b)
 
 
+def test_a_matrix_is_no_matvec():
+    with pytest.raises(TypeError, match=r"linalg\.cg"):
+        CG()(torch.eye(3), torch.ones(3))
+
+
 def test_init_must_have_the_shapes_of_b():
     with pytest.raises(ValueError, match="Tensors in x0 and b must have matching shapes"):
         CG(init=torch.zeros(2))(lambda v: v, torch.ones(3))

@@ -67,12 +67,17 @@ class LinearSolver(abc.ABC):
         """Return x with A x = b and what became of each system; never warns.
 
         Raises:
-            TypeError: a leaf of b, `init` or the matvec's result that is no real floating point
-                tensor, or has another structure or dtype than b's.
+            TypeError: a matvec that is no function; a leaf of b, `init` or the matvec's result that
+                is no real floating point tensor, or has another structure or dtype than b's.
             ValueError: shapes or devices that do not fit, or an empty b.
             RuntimeError: a gradient through this solve is asked for (see the message), or the
                 matvec has no transpose where the solver needs one.
         """
+        if not callable(matvec):
+            raise TypeError(
+                f"matvec must be a function v -> A v, not a {type(matvec).__name__}; for a matrix "
+                "there is linalg.cg(A, b), or lambda v: A @ v."
+            )
         layout = Layout.of(b, self.batch_ndim)
         check_not_differentiated(b)
         rows = self._solve_rows(matvec, b, layout)

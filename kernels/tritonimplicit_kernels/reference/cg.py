@@ -42,24 +42,24 @@ def cg_step(
 ) -> None:
     """Advance each running system by one iteration, or stop it."""
     rr_b, (pap, apap) = fold(rr), fold(dots)  # (B,) each
-    eps = torch.finfo(x.dtype).eps
-    code = _next_code(rr_b, pap, apap, state, threshold, maxiter, eps)
+    code = _next_code(rr_b, pap, apap, state, threshold, maxiter, torch.finfo(x.dtype).eps)
     advances = settle(code, rr_b, state, state_out, residual_sq)
     rr_out.zero_()
     if not any(advances):
         return
     alpha = rr_b / pap
     beta = (alpha * alpha * apap - rr_b).clamp_min_(0).div_(rr_b)
-    alpha, beta = alpha.to(x.dtype)[:, None], beta.to(x.dtype)[:, None]  # (B, 1)
+    alpha, beta = torch.stack([alpha, beta]).to(x.dtype)[:, :, None]  # (B, 1) each
     for rows in row_groups(advances, x.shape[1]):
         vectors = x[rows], r[rows], p[rows], ap[rows]
         tiles = column_tiles(*vectors)
-        rr_out[rows, 0] = row_sums(_update(*tile, alpha[rows], beta[rows]) for tile in tiles)
+        rr_out[rows, 0] = row_sums(_update(tile, alpha[rows], beta[rows]) for tile in tiles)
         if isinstance(rows, Tensor):
             x[rows], r[rows], p[rows] = vectors[:3]
 
 
-def _update(x: Tensor, r: Tensor, p: Tensor, ap: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+def _update(tile: tuple[Tensor, ...], alpha: Tensor, beta: Tensor) -> Tensor:
+    x, r, p, ap = tile
     # Products and sums apart: each is rounded once, whichever of torch's loops does it. A fused
     # addcmul may or may not be, so that a row's bits would depend on where it lies.
     scaled = p * alpha

@@ -40,7 +40,8 @@ def row_norms(v: Tensor) -> Tensor:
     Squared and added in float64, where no finite float32 number over- or underflows.
     """
     if v.device.type != "cpu":
-        return torch.linalg.vector_norm(v, dim=1, dtype=torch.float64)
+        norms: Tensor = torch.linalg.vector_norm(v, dim=1, dtype=torch.float64)
+        return norms
     squares = torch.empty(v.shape[0], dtype=torch.float64)
     for rows in row_groups([True] * v.shape[0], v.shape[1]):
         squares[rows] = row_sums(tile.double().square() for (tile,) in column_tiles(v[rows]))

@@ -29,26 +29,25 @@ def neumann_step(
     rr_b = fold(rr)  # (B,)
     code = _next_code(rr_b, state, threshold, limit, maxiter)
     advances = settle(code, rr_b, state, state_out, residual_sq)
-    scale = alpha.to(x.dtype)[:, None]  # (B, 1)
     rr_out.zero_()
+    scale = alpha.to(x.dtype)[:, None]  # (B, 1)
     for rows in row_groups(advances, x.shape[1]):
         vectors = x[rows], ax[rows], b[rows]
         tiles = column_tiles(*vectors)
-        rr_out[rows, 0] = row_sums(_update(*tile, scale[rows]) for tile in tiles)
+        rr_out[rows, 0] = row_sums(_update(tile, scale[rows]) for tile in tiles)
         if isinstance(rows, Tensor):
             x[rows] = vectors[0]
 
 
-def _update(x: Tensor, ax: Tensor, b: Tensor, alpha: Tensor) -> Tensor:
+def _update(tile: tuple[Tensor, ...], alpha: Tensor) -> Tensor:
+    x, ax, b = tile
     residual = b - ax
     squares = residual.double().square()
     x += residual.mul_(alpha)  # apart from the sum, for the reason given in cg.py
     return squares
 
 
-def _next_code(
-    rr: Tensor, state: Tensor, threshold: Tensor, limit: Tensor, maxiter: int
-) -> Tensor:
+def _next_code(rr: Tensor, state: Tensor, threshold: Tensor, limit: Tensor, maxiter: int) -> Tensor:
     """Say what each running system turns to; the last rule that holds wins."""
     code = torch.full_like(state[0], status.RUNNING)
     code.masked_fill_(state[1] >= maxiter, status.MAX_ITERATIONS)

@@ -1,4 +1,4 @@
-"""Which systems go on: the decisions of a step, vectorised over the systems."""
+"""What a step's decisions mean for the state of the systems."""
 
 from __future__ import annotations
 
@@ -20,4 +20,4 @@ def settle(
     torch.where(runs, code, seen, out=state_out[0])
     advances = state_out[0] < 0
     torch.add(iterations, advances, out=state_out[1])
-    return advances.tolist()  # type: ignore[no-any-return]
+    return advances.tolist()

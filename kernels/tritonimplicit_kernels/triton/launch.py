@@ -7,8 +7,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-# Bounds the programs a row, and the partial sums that each program adds up again.
-MAX_P: Final = 256
+from tritonimplicit_kernels.layout import MAX_P
+
 # A block is 8 KiB of a vector: with 8 warps, two 128-bit loads a thread on NVIDIA, one on AMD.
 _BLOCK_BYTES: Final = 8192
 _WARPS: Final = 8

@@ -65,9 +65,7 @@ def _neumann_step_kernel(
     iterations = tl.load(state_ptr + batch + b)
     rr = fold(rr_ptr + b * P, P, MAX_P)
     runs = seen < 0
-    code = _next_code(
-        rr, iterations, tl.load(threshold_ptr + b), tl.load(limit_ptr + b), maxiter
-    )
+    code = _next_code(rr, iterations, tl.load(threshold_ptr + b), tl.load(limit_ptr + b), maxiter)
     code = tl.where(runs, code, seen)
     if pid % P == 0:
         tl.store(state_out_ptr + b, code)

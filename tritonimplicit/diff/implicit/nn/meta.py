@@ -17,9 +17,9 @@ class MetaGradientModule(nn.Module):
     """A module with parameters and, apart from them, meta-parameters and meta-modules.
 
     Constructor arguments (pytrees too) are meta: tensors that require grad, modules in training
-    mode and what these contain; assigned to an attribute, they are registered as meta. What
-    `__init__` makes itself is a parameter or an ordinary submodule. Anything else that shall be
-    meta, such as a module in evaluation mode, is declared by `register_meta_parameter` or
+    mode and what these contain; assigned to an attribute, they are registered as meta. Other leaf
+    tensors that require grad are parameters, other modules ordinary submodules. Whatever else shall
+    be meta, such as a module in evaluation mode, is declared by `register_meta_parameter` or
     `register_meta_module`. A meta name stays meta when a new value is assigned.
 
     `to` and its kin move what is meta too. `train`, `zero_grad`, `requires_grad_` and `state_dict`
@@ -66,7 +66,9 @@ class MetaGradientModule(nn.Module):
                 register = self.register_meta_parameter if is_variable else self.add_meta_module
                 register(name, value)
                 return
-            if not isinstance(value, (nn.Parameter, nn.Module)):
+            # A computed tensor, such as a loss that is kept, is no parameter.
+            is_plain = not isinstance(value, (nn.Parameter, nn.Module))
+            if is_plain and (value.is_leaf or name in self._parameters):
                 self._vacate(name, self._parameters)
                 self.register_parameter(name, value)
                 return

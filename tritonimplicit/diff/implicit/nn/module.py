@@ -173,7 +173,9 @@ def enable_implicit_gradients(cls: type[M]) -> type[M]:
         self._take_back()
         names, meta = _variables(self)
         if not torch.is_grad_enabled():
-            return run(self, *args, **kwargs)
+            output = run(self, *args, **kwargs)
+            self._take_back()
+            return output
         # The graph must not hold this module, which will hold the graph (see `_snapshot`): what the
         # solver needs and returns goes by a list that is empty in the end.
         handover: list[Any] = [self]
@@ -181,7 +183,7 @@ def enable_implicit_gradients(cls: type[M]) -> type[M]:
         def solver(_init: Tensors, _meta: Tensors, _: M, /, *args: Any, **kwargs: Any) -> Tensors:
             module: M = handover.pop()
             handover.append(run(module, *args, **kwargs))
-            module._take_back()  # run() may have called the `solve` of a parent class
+            module._take_back()  # run() may have called a parent's `solve` with grad
             return tuple(p.detach().clone() for p in _named(module, names))
 
         implicit = custom_root(_residual, argnums=1, solve=type(self).linear_solve)(solver)
@@ -225,7 +227,8 @@ def _snapshot(module: M, names: tuple[str, ...]) -> M:
     The solution's graph needs the module's code and state. Were it to hold the module itself, which
     holds the solution, there would be a cycle that Python's garbage collector cannot see.
     """
-    snapshot = replicate(module, lambda t: t.detach() if t.grad_fn is not None else t)
+    # Not detach(): its result keeps its base, and with it the graph.
+    snapshot = replicate(module, lambda t: t.data if t.grad_fn is not None else t)
     vars(snapshot)["_solved_for"] = names
     return snapshot
 

@@ -1,0 +1,75 @@
+"""The layout of a batched solve: what the ops take, checked before anything is written.
+
+B systems, rows of ld elements (ld a multiple of 16, the padding zero), P partial sums a row.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+MAX_P: Final = 256
+
+_VECTOR_DTYPES = (torch.float32, torch.float64)
+_VECTORS = ("x", "r", "p", "ap", "b", "ax")
+_SHAPES: Final = {
+    **dict.fromkeys(_VECTORS, "B, ld"),
+    "dots": "2, B, P",
+    **dict.fromkeys(("rr", "rr_out"), "B, P"),
+    **dict.fromkeys(("threshold", "limit", "alpha", "residual_sq"), "B"),
+    **dict.fromkeys(("state", "state_out"), "2, B"),
+}
+
+
+def check_layout(**tensors: Tensor) -> None:
+    """Raise TypeError or ValueError unless the tensors, known by name, fit together.
+
+    The first must be a vector: it says what B, ld, the vectors' dtype and the device are.
+    """
+    name, first = next(iter(tensors.items()))
+    if first.dtype not in _VECTOR_DTYPES:
+        raise TypeError(f"{name} must be float32 or float64, not {first.dtype}")
+    if first.ndim != 2 or first.shape[1] == 0 or first.shape[1] % 16:
+        raise ValueError(
+            f"{name} must be (B, ld) with ld a positive multiple of 16, not "
+            f"{tuple(first.shape)}: pad the rows with zeros"
+        )
+    sizes = {"2": 2, "B": first.shape[0], "ld": first.shape[1], "P": _partial_count(**tensors)}
+    for name, tensor in tensors.items():
+        dtype = first.dtype if name in _VECTORS else torch.float64
+        if name in ("state", "state_out"):
+            dtype = torch.int32
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, not {tensor.dtype}")
+        shape = tuple(sizes[size] for size in _SHAPES[name].split(", "))
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} must be ({_SHAPES[name]}), here {shape}, not {tuple(tensor.shape)}"
+            )
+        if tensor.device != first.device:
+            raise ValueError(f"{name} must be on {first.device}, not on {tensor.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, but its strides are {tensor.stride()}")
+
+
+def check_memory(**tensors: Tensor) -> None:
+    """Raise ValueError for a vector that is not aligned, or an output that is also an input."""
+    for name, tensor in tensors.items():
+        if name in _VECTORS and tensor.data_ptr() % 16:
+            raise ValueError(f"{name} must start at a multiple of 16 bytes in memory: clone it")
+        source = tensors.get(name.removesuffix("_out"))
+        if name.endswith("_out") and source is not None and source.data_ptr() == tensor.data_ptr():
+            raise ValueError(f"{name} must have memory of its own, apart from its input's")
+
+
+def _partial_count(**tensors: Tensor) -> int:
+    name, partials = next((n, t) for n, t in tensors.items() if "P" in _SHAPES[n])
+    count = partials.shape[-1] if partials.ndim else 0
+    if not 1 <= count <= MAX_P:
+        raise ValueError(
+            f"{name} must be ({_SHAPES[name]}) with P from 1 to {MAX_P}, "
+            f"not {tuple(partials.shape)}"
+        )
+    return count
