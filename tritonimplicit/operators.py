@@ -131,6 +131,19 @@ def pullback(fn: Callable[..., Tensors], *primals: Tensor) -> Callable[[Tensors]
     return pull
 
 
+def pushforward(
+    fn: Callable[..., Tensors], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> Tensors:
+    """J v as a vjp of the vjp, in reverse mode alone; differentiable to any order.
+
+    torch.func.jvp would fail under a bare forward_ad.dual_level and in a trace.
+    """
+    y, pull = torch.func.vjp(fn, *primals)[:2]
+    zeros = tuple(torch.zeros_like(t) for t in y)
+    pushed: tuple[Tensors] = torch.func.vjp(pull, zeros)[1](tuple(tangents))
+    return pushed[0]
+
+
 def _vjp(y: Tensors, x: Tensors, u: Sequence[Tensor], create_graph: bool = False) -> Tensors:
     """Cotangents of x, zero where y does not depend on it; keeps the graph for the next replay."""
     # An output without grad contributes nothing, but autograd refuses it.

@@ -32,8 +32,11 @@ class FunctionalSGD:
     def __post_init__(self) -> None:
         """Check the settings."""
         for name in ("lr", "momentum", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"sgd: {name} must not be negative, not {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"sgd: {name} must be a number, not a {type(value).__name__}.")
+            if not value >= 0:
+                raise ValueError(f"sgd: {name} must not be negative, not {value!r}.")
 
     def init(self, params: TensorTree) -> TensorTree:
         """Return the state before the first step: a tree like `params`, of None."""
@@ -49,9 +52,9 @@ class FunctionalSGD:
     ) -> tuple[TensorTree, TensorTree]:
         """Return the updates, for `apply_updates`, and the next state, both structured as `grads`.
 
-        `inplace` writes the updates into the memory of the gradients, outside of any graph. Without
-        it they are new tensors, differentiable in gradients, state and parameters. A gradient of
-        None stays None. `params` is needed for weight decay alone.
+        `inplace` means that no graph is wanted; without it the updates are differentiable in
+        gradients, state and parameters. Either way they are new tensors, for gradients may share
+        memory. A gradient of None stays None. `params` is needed for weight decay alone.
 
         Raises:
             ValueError: weight decay without `params`, or trees of different structure.
@@ -68,14 +71,10 @@ class FunctionalSGD:
                 return grad + self.momentum * buffer
             return grad.clone() if self.momentum else grad  # a buffer outlives the gradient
 
-        def update(grad: Tensor | None, step: Tensor | None) -> Tensor | None:
-            if grad is None or step is None:
-                return None
-            return grad.copy_(step).mul_(-self.lr) if inplace else -self.lr * step
-
         with torch.set_grad_enabled(torch.is_grad_enabled() and not inplace):
             steps = _tree_map(velocity, grads, state, grads if params is None else params)
-            updates = _tree_map(update, grads, steps)
+            # A parameter without a gradient is not moved, whatever its momentum.
+            updates = _tree_map(lambda g, v: None if g is None else -self.lr * v, grads, steps)
         return updates, steps if self.momentum else state
 
 
@@ -83,6 +82,7 @@ def sgd(lr: float, momentum: float = 0.0, *, weight_decay: float = 0.0) -> Funct
     """Return functional gradient descent: `state = init(params)`, then `update(grads, state)`.
 
     Raises:
+        TypeError: a setting that is no number (a schedule, for example).
         ValueError: a negative setting.
     """
     return FunctionalSGD(lr, momentum, weight_decay)

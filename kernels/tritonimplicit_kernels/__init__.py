@@ -7,11 +7,12 @@ the plain functions of a `backend` instead.
 from __future__ import annotations
 
 from tritonimplicit_kernels import status
-from tritonimplicit_kernels.backends import Backend, backend, partial_count
+from tritonimplicit_kernels.backends import BACKENDS, Backend, backend, partial_count
 from tritonimplicit_kernels.ops import cg_dots, cg_step, neumann_step
 from tritonimplicit_kernels.reference import row_norms
 
 __all__ = [
+    "BACKENDS",
     "Backend",
     "backend",
     "cg_dots",

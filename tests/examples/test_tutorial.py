@@ -37,14 +37,14 @@ def test_printed_numbers(case, printed, results):
 
 
 def imaml_system() -> tuple[Tensor, Tensor]:
-    """A u = g for iMAML: the Hessian of mse + |p - m|^2 / 2 (d solution / d m = A^-1), the mean design."""
+    """A u = g: the Hessian of mse + |p - m|^2 / 2 (d solution / d m = A^-1), the mean input."""
     torch.manual_seed(0)
     design = torch.cat([torch.randn(20, 4), torch.ones(20, 1)], dim=1).double()
     return 2 * design.T @ design / 20 + torch.eye(5, dtype=torch.float64), design.mean(0)
 
 
 def fixed_point_system() -> tuple[Tensor, Tensor, Tensor]:
-    """A^T u = g for x = W x + b and the mean of x, and the tenth iterate, where the gradient is taken."""
+    """A^T u = g for x = W x + b and the mean of x; the tenth iterate, where it is taken."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(4, 4)
     x = torch.randn(1, 4).double()

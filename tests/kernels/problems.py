@@ -1,38 +1,40 @@
-"""Batched systems with known answers, and the buffers of a step: shared by the kernels' tests."""
+"""The arguments of a step, and an oracle for them: what the kernels' tests share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from tritonimplicit_kernels import Backend, status
+from tritonimplicit_kernels import Backend, row_norms, status
 
 F64 = torch.float64
 DTYPES = [torch.float32, F64]
+EPS64 = torch.finfo(F64).eps
+
+AnyStep = TypeVar("AnyStep", bound="Step")
 
 
-def pad16(n: int) -> int:
-    return -(-n // 16) * 16
+@dataclass
+class Target:
+    """A backend, and a device that it runs on."""
 
+    backend: Backend
+    device: str
 
-def randn(*shape: int, seed: int, dtype: torch.dtype = F64) -> Tensor:
-    """Normal numbers by a generator of their own; rows padded with zeros to a multiple of 16."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.zeros(*shape[:-1], pad16(shape[-1]), dtype=dtype)
-    values[..., : shape[-1]] = torch.randn(*shape, generator=generator, dtype=F64)
-    return values
-
-
-def like(tensor: Tensor) -> Tensor:
-    """An output's memory before the launch: NaN, or a status that does not exist."""
-    return torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 99)
+    def run(self, step: AnyStep) -> AnyStep:
+        """Do one step on a copy of its arguments, and return them, back on the CPU."""
+        moved = step.to(self.device)
+        moved.launch(self.backend)
+        return moved.to("cpu")
 
 
 @dataclass
 class Step:
-    """The arguments that `cg_step` and `neumann_step` share."""
+    """What `cg_step` and `neumann_step` both take."""
 
     x: Tensor
     rr: Tensor
@@ -43,104 +45,213 @@ class Step:
     state_out: Tensor
     residual_sq: Tensor
 
-    def to(self, device: str) -> Step:
-        """A copy, every tensor with memory of its own."""
-        moved = {
-            name: value.clone().to(device) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return replace(self, **moved)
+    def launch(self, backend: Backend) -> None:
+        raise NotImplementedError
+
+    def _map(self: AnyStep, change: Callable[[str, Tensor], Tensor]) -> AnyStep:
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        return replace(self, **{name: change(name, value) for name, value in tensors.items()})
+
+    def to(self: AnyStep, device: str) -> AnyStep:
+        """Return a copy, each tensor with memory of its own."""
+        return self._map(lambda name, value: value.clone().to(device))
+
+    def select(self: AnyStep, systems: list[int]) -> AnyStep:
+        """Return a copy with these systems alone."""
+        second = ("state", "state_out", "dots")  # the batch is their second dimension
+        return self._map(
+            lambda name, value: (value[:, systems] if name in second else value[systems]).clone()
+        )
 
 
 @dataclass
 class CG(Step):
-    """All that a CG iteration reads and writes."""
+    """What both launches of a CG iteration take."""
 
     r: Tensor
     p: Tensor
     ap: Tensor
     dots: Tensor
 
-    def run(self, backend: Backend) -> CG:
-        s = self
-        backend.cg_dots(s.p, s.ap, s.state, s.dots)
-        return self.step(backend)
+    def launch(self, backend: Backend) -> None:
+        backend.cg_dots(self.p, self.ap, self.state, self.dots)
+        self.launch_step(backend)
 
-    def step(self, backend: Backend) -> CG:
-        s = self
+    def launch_step(self, backend: Backend) -> None:
         backend.cg_step(
-            *(s.x, s.r, s.p, s.ap, s.dots, s.rr, s.state, s.threshold),
-            *(s.maxiter, s.rr_out, s.state_out, s.residual_sq),
+            *(self.x, self.r, self.p, self.ap, self.dots, self.rr, self.state, self.threshold),
+            *(self.maxiter, self.rr_out, self.state_out, self.residual_sq),
         )
-        return self
 
 
 @dataclass
 class Neumann(Step):
-    """All that a Richardson iteration reads and writes."""
+    """What a Richardson iteration takes."""
 
     ax: Tensor
     b: Tensor
     alpha: Tensor
     limit: Tensor
 
-    def run(self, backend: Backend) -> Neumann:
-        s = self
+    def launch(self, backend: Backend) -> None:
         backend.neumann_step(
-            *(s.x, s.ax, s.b, s.alpha, s.rr, s.state, s.threshold),
-            *(s.limit, s.maxiter, s.rr_out, s.state_out, s.residual_sq),
+            *(self.x, self.ax, self.b, self.alpha, self.rr, self.state, self.threshold),
+            *(self.limit, self.maxiter, self.rr_out, self.state_out, self.residual_sq),
         )
-        return self
 
 
-def running(batch: int) -> Tensor:
-    state = torch.full((2, batch), status.RUNNING, dtype=torch.int32)
-    state[1] = torch.arange(batch)
-    return state
+def randn(batch: int, n: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Normal numbers, each row padded with zeros to a multiple of 16."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.zeros(batch, -(-n // 16) * 16, dtype=dtype)
+    values[:, :n] = torch.randn(batch, n, generator=generator, dtype=F64)
+    return values
 
 
 def partials(sums: Tensor, count: int) -> Tensor:
-    """Split sums (...,) into (..., count) uneven partial sums."""
+    """Split sums (B,) into `count` uneven partial sums each."""
     weights = torch.arange(1, count + 1, dtype=F64)
-    return (sums[..., None] * (weights / weights.sum())).contiguous()
+    return sums[:, None] * (weights / weights.sum())
 
 
-def cg(batch: int, n: int, dtype: torch.dtype = F64, count: int = 1, seed: int = 0) -> CG:
-    """An iteration in the middle of a solve, with p.Ap > 0 and unlike r and p."""
-    x, r, p = (randn(batch, n, seed=seed + k, dtype=dtype) for k in range(3))
-    scale = torch.linspace(1, 2, x.shape[1], dtype=dtype)
+def _common(x: Tensor, rr: Tensor) -> dict[str, Tensor | int]:
+    """Outputs are poisoned: NaN, or a status that does not exist."""
+    batch = x.shape[0]
+    state = torch.full((2, batch), status.RUNNING, dtype=torch.int32)
+    state[1] = torch.arange(batch)
+    return {
+        "x": x,
+        "rr": rr,
+        "state": state,
+        "threshold": torch.zeros(batch, dtype=F64),
+        "maxiter": 1000,
+        "rr_out": torch.full_like(rr, torch.nan),
+        "state_out": torch.full_like(state, 99),
+        "residual_sq": torch.full((batch,), torch.nan, dtype=F64),
+    }
+
+
+def cg(batch: int, n: int, dtype: torch.dtype, count: int = 1) -> CG:
+    """Return an iteration amid a solve with a diagonal matrix between 1 and 2."""
+    x, r, p = (randn(batch, n, dtype, seed) for seed in range(3))
     rr = partials(r.double().square().sum(1), count)
-    return CG(
-        x=x,
-        rr=rr,
-        state=running(batch),
-        threshold=torch.zeros(batch, dtype=F64),
-        maxiter=1000,
-        rr_out=like(rr),
-        state_out=like(running(batch)),
-        residual_sq=torch.full((batch,), 7.0, dtype=F64),
-        r=r,
-        p=p,
-        ap=p * scale,
-        dots=like(torch.stack([rr, rr])),
-    )
+    ap = p * torch.linspace(1, 2, x.shape[1], dtype=dtype)
+    dots = torch.full((2, *rr.shape), torch.nan, dtype=F64)
+    return CG(**_common(x, rr), r=r, p=p, ap=ap, dots=dots)
 
 
-def neumann(batch: int, n: int, dtype: torch.dtype = F64, count: int = 1, seed: int = 0) -> Neumann:
-    """An iteration in the middle of a solve."""
-    x, ax, b = (randn(batch, n, seed=seed + k, dtype=dtype) for k in range(3))
+def neumann(batch: int, n: int, dtype: torch.dtype, count: int = 1) -> Neumann:
+    """Return an iteration amid a solve; as in one, `rr` is not of the residual b - ax."""
+    x, ax, b = (randn(batch, n, dtype, seed) for seed in range(3))
     rr = partials(torch.linspace(1, 2, batch, dtype=F64), count)
-    return Neumann(
-        x=x,
-        rr=rr,
-        state=running(batch),
-        threshold=torch.zeros(batch, dtype=F64),
-        maxiter=1000,
-        rr_out=like(rr),
-        state_out=like(running(batch)),
-        residual_sq=torch.full((batch,), 7.0, dtype=F64),
-        ax=ax,
-        b=b,
-        alpha=torch.linspace(0.1, 0.2, batch, dtype=F64),
-        limit=torch.full((batch,), torch.inf, dtype=F64),
+    alpha = torch.linspace(0.1, 0.2, batch, dtype=F64)
+    limit = torch.full((batch,), torch.inf, dtype=F64)
+    return Neumann(**_common(x, rr), ax=ax, b=b, alpha=alpha, limit=limit)
+
+
+@dataclass
+class Close:
+    """An expected value, and how far rounding may take the result from it."""
+
+    value: Tensor
+    bound: Tensor
+
+    def check(self, actual: Tensor) -> None:
+        error = (actual.double() - self.value).abs()
+        assert (error <= self.bound).all(), f"{(error - self.bound).max()} beyond the bound"
+
+
+def _units(dtype: torch.dtype, n: int) -> float:
+    """Bound the relative error of a scalar made of sums of n float64 terms, rounded to `dtype`.
+
+    Adding n numbers in any order errs by at most n eps, and by sqrt(n) eps where rounding errors
+    are independent; four such sums and divisions make alpha^2 Ap.Ap.
+    """
+    return torch.finfo(dtype).eps + 4 * (n**0.5 + 1) * EPS64
+
+
+def cg_oracle(step: CG) -> dict[str, Close]:
+    """Do the textbook's iteration in float64: hestenes and Stiefel, with the beta it implies."""
+    x, r, p, ap = (v.double() for v in (step.x, step.r, step.p, step.ap))
+    rr = step.rr.sum(1, keepdim=True)
+    pap, apap = (p * ap).sum(1, keepdim=True), (ap * ap).sum(1, keepdim=True)
+    alpha = rr / pap
+    predicted = alpha**2 * apap
+    beta = (predicted - rr).clamp_min(0) / rr
+    new_r = r - alpha * ap
+    unit = _units(step.x.dtype, step.x.shape[1])
+    r_bound = 2 * unit * (r.abs() + (alpha * ap).abs())
+    squares = (new_r * new_r).sum(1)
+    return {
+        "x": Close(x + alpha * p, 2 * unit * (x.abs() + (alpha * p).abs())),
+        "r": Close(new_r, r_bound),
+        "p": Close(
+            new_r + beta * p, r_bound + 2 * unit * (new_r.abs() + (predicted / rr + 1) * p.abs())
+        ),
+        "rr_out": Close(squares, (2 * new_r.abs() * r_bound + r_bound**2).sum(1) + unit * squares),
+    }
+
+
+def neumann_oracle(step: Neumann) -> dict[str, Close]:
+    """Do Richardson's iteration in float64."""
+    x, ax, b = (v.double() for v in (step.x, step.ax, step.b))
+    residual, alpha = b - ax, step.alpha[:, None]
+    unit = _units(step.x.dtype, step.x.shape[1])
+    bound = unit * residual.abs()
+    squares = (residual * residual).sum(1)
+    return {
+        "x": Close(x + alpha * residual, 2 * unit * (x.abs() + (alpha * residual).abs())),
+        "rr_out": Close(squares, (2 * residual.abs() * bound + bound**2).sum(1) + unit * squares),
+    }
+
+
+def solve_cg(target: Target, diagonal: Tensor, b: Tensor, rtol: float, maxiter: int) -> Step:
+    """Solve diag(diagonal) x = b from x = 0, and return the last step's arguments."""
+    count = target.backend.partial_count(b.shape[1])
+    rr = partials(row_norms(b).square(), count)
+    step = CG(
+        **_common(torch.zeros_like(b), rr), r=b, p=b, ap=b, dots=torch.zeros(2, *rr.shape, dtype=F64)
     )
+    step.threshold, step.maxiter = rtol**2 * rr.sum(1), maxiter
+    step.state[1] = 0
+    step, diagonal = step.to(target.device), diagonal.to(target.device)
+
+    def matvec(step: CG) -> None:
+        torch.mul(diagonal, step.p, out=step.ap)
+
+    return _iterate(target, step, matvec)
+
+
+def solve_neumann(
+    target: Target, diagonal: Tensor, b: Tensor, alpha: float, rtol: float, maxiter: int
+) -> Step:
+    """Solve diag(diagonal) x = b from x = 0, and return the last step's arguments."""
+    batch = b.shape[0]
+    rr = partials(row_norms(b).square(), target.backend.partial_count(b.shape[1]))
+    step = Neumann(
+        **_common(torch.zeros_like(b), rr),
+        ax=b,
+        b=b,
+        alpha=torch.full((batch,), alpha, dtype=F64),
+        limit=1e8 * rr.sum(1),
+    )
+    step.threshold, step.maxiter = rtol**2 * rr.sum(1), maxiter
+    step.state[1] = 0
+    step, diagonal = step.to(target.device), diagonal.to(target.device)
+
+    def matvec(step: Neumann) -> None:
+        torch.mul(diagonal, step.x, out=step.ax)
+
+    return _iterate(target, step, matvec)
+
+
+def _iterate(target: Target, step: AnyStep, matvec: Callable[[AnyStep], None]) -> AnyStep:
+    for _ in range(step.maxiter + 1):
+        matvec(step)
+        step.launch(target.backend)
+        step.rr, step.rr_out = step.rr_out, step.rr
+        step.state, step.state_out = step.state_out, step.state
+        if (step.state[0] >= 0).all():
+            return step.to("cpu")
+    raise AssertionError("a system still runs after maxiter iterations")

@@ -65,7 +65,7 @@ def asked(solver, norm, eps):
     return max(max(solver.rtol, eps) * norm, solver.atol)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(problem=problems(), solver=solvers)
 def test_never_silently_wrong(problem, solver):
     matrix, b = problem

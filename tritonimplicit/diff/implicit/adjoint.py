@@ -1,38 +1,49 @@
-"""The implicit function theorem in reverse mode, and nothing else."""
+"""The implicit function theorem, and nothing else: dx = -A^-1 (d fn / d args) dargs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from tritonimplicit.linear_solve.solve import (
-    LinearFamily,
-    checked_solution,
-    linear_solve,
-    replace_at,
-)
-from tritonimplicit.operators import Jacobian, Tensors, pullback
+from tritonimplicit.linear_solve.solve import LinearFamily, linear_solve, replace_at
+from tritonimplicit.operators import Jacobian, Tensors, pullback, pushforward
 
 
 def root_vjp(
     family: LinearFamily, x: Tensors, args: Tensors, wrt: Sequence[int], cotangents: Tensors
-) -> tuple[Tensors, Jacobian | None]:
+) -> tuple[Tensors, Jacobian]:
     """Pull cotangents of the root x, fn(x, args) = 0, back into the args numbered by `wrt`.
 
     With A = d fn / d x: A^T u = -cotangents, then (d fn / d args)^T u. One evaluation of fn and one
-    solve; where autograd records (create_graph=True, torch.func), a second evaluation, and a result
-    that is differentiable again. Returns also the recorded Jacobian, where there is one.
+    solve. Returns also the recorded Jacobian.
     """
-    negated = tuple(-t for t in cotangents)
-    if torch.is_grad_enabled():
-        u = linear_solve(family, x, args, negated, transpose=True)
-
-        def residual(*some: Tensor) -> Tensors:
-            return family.fn(x, replace_at(args, wrt, some))
-
-        return pullback(residual, *(args[i] for i in wrt))(u), None
     jacobian = Jacobian(family.fn, x, args, wrt)
-    u = checked_solution(family.solve(jacobian.T, negated), negated)
+    u = family.solve(jacobian.T, _negated(cotangents))
     return jacobian.vjp_args(u), jacobian
+
+
+def differentiable_root_vjp(
+    family: LinearFamily, x: Tensors, args: Tensors, wrt: Sequence[int], cotangents: Tensors
+) -> Tensors:
+    """`root_vjp`, differentiable in x, args and cotangents, at every level of torch.func."""
+    u = linear_solve(family, x, args, _negated(cotangents), transpose=True)
+    return pullback(_in_args(family, x, args, wrt), *(args[i] for i in wrt))(u)
+
+
+def root_jvp(
+    family: LinearFamily, x: Tensors, args: Tensors, wrt: Sequence[int], tangents: Sequence[Tensor]
+) -> Tensors:
+    """Push tangents of the args numbered by `wrt` forward to the root; differentiable as well."""
+    moved = pushforward(_in_args(family, x, args, wrt), [args[i] for i in wrt], tangents)
+    return linear_solve(family, x, args, _negated(moved), transpose=False)
+
+
+def _in_args(
+    family: LinearFamily, x: Tensors, args: Tensors, wrt: Sequence[int]
+) -> Callable[..., Tensors]:
+    return lambda *some: family.fn(x, replace_at(args, wrt, some))
+
+
+def _negated(tensors: Tensors) -> Tensors:
+    return tuple(-t for t in tensors)

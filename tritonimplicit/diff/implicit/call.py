@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import optree
+import torch
 from torch import Tensor
 
 from tritonimplicit.linear_solve.base import Solve
-from tritonimplicit.linear_solve.solve import LinearFamily, replace_at
+from tritonimplicit.linear_solve.solve import Dims, LinearFamily, replace_at
 from tritonimplicit.operators import Tensors
+from tritonimplicit.torch_internals import transforms_active
 
 PREFIX = "custom_root(optimality_fn)(solver_fn)(*args):"
+
+
+@dataclass(frozen=True)
+class RootProblem:
+    """A root as `Root` sees it: `run` finds it, `family` is what it depends on; may be vmapped."""
+
+    call: RootCall
+    family: LinearFamily
+    run: Callable[[Tensors], tuple[Tensors, Tensors]]
+
+    def vmapped(self, dims: Dims) -> RootProblem:
+        """Return the problem over a new leading dimension of the tensors whose dim is not None."""
+        run = torch.vmap(self.run, in_dims=(dims,), randomness="different")
+        return RootProblem(self.call, self.family.vmapped(dims), run)
 
 
 class RootCall:
@@ -33,17 +50,33 @@ class RootCall:
         bound: inspect.BoundArguments,
     ):
         self._solver_fn, self._optimality_fn, self._has_aux = solver_fn, optimality_fn, has_aux
-        self._aux: Any = None
         arguments: Any = (bound.args, bound.kwargs)
         leaves, self._spec = optree.tree_flatten(arguments, none_is_leaf=True)
         self._where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.tensors: Tensors = tuple(leaves[i] for i in self._where)
         self._static = replace_at(leaves, self._where, [None] * len(self._where))
         self.differentiable = self._mark(bound.args, argnums)
-        self.family = LinearFamily(self._residual, solve)
+        self.problem = RootProblem(self, LinearFamily(self._residual, solve), self._run)
+        self.solution_count = 0
+        self._aux: Any = None
 
-    def run_solver(self, tensors: Tensors) -> Tensors:
-        """Return the solution's leaves. Raises RuntimeError for a result that is no solution."""
+    def result(self, outputs: Tensors) -> Any:
+        """Return what the caller gets: the solution in its structure, and aux if there is one."""
+        n = self.solution_count
+        tree = optree.tree_unflatten(self._solution_spec, outputs[:n])
+        if not self._has_aux:
+            return tree
+        if not transforms_active():
+            return tree, self._aux  # the very object that the solver returned
+        leaves, spec = optree.tree_flatten(self._aux, none_is_leaf=True)
+        where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        return tree, optree.tree_unflatten(spec, replace_at(leaves, where, outputs[n:]))
+
+    def _run(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
+        """Return the leaves of the solution and the tensors of aux.
+
+        Raises RuntimeError for a result that is no solution.
+        """
         args, kwargs = self._rebuild(tensors)
         output = self._solver_fn(*args, **kwargs)
         if self._has_aux:
@@ -60,12 +93,8 @@ class RootCall:
                 f"{PREFIX} output of function solver_fn should be a torch.Tensor or a pytree of "
                 f"torch.Tensor, of floating point dtype. Got {output!r}"
             )
-        return tuple(leaves)
-
-    def result(self, solution: Tensors) -> Any:
-        """Return what the caller gets: the solution in its structure, and aux if there is one."""
-        tree = optree.tree_unflatten(self._solution_spec, solution)
-        return (tree, self._aux) if self._has_aux else tree
+        aux = optree.tree_leaves(self._aux)
+        return tuple(leaves), tuple(leaf for leaf in aux if isinstance(leaf, Tensor))
 
     def _residual(self, x: Tensors, tensors: Tensors) -> Tensors:
         """optimality_fn at x, on flat tensors."""

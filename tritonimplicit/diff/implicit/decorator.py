@@ -57,7 +57,7 @@ def custom_root(
             bound.apply_defaults()
             _check_optimality_takes(optimality_signature, bound)
             call = RootCall(solver_fn, optimality_fn, solver, positions, has_aux, bound)
-            return call.result(Root.apply(call, *call.tensors))  # type: ignore[no-untyped-call]
+            return call.result(Root.apply(call.problem, *call.tensors))  # type: ignore[no-untyped-call]
 
         return wrapped  # type: ignore[return-value]
 

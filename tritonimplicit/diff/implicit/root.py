@@ -1,4 +1,4 @@
-"""The autograd.Function of a root: the solver forward, the implicit function theorem backward."""
+"""The autograd.Function of a root: the solver, with the implicit function theorem for rules."""
 
 from __future__ import annotations
 
@@ -8,44 +8,88 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from tritonimplicit.diff.implicit.adjoint import root_vjp
-from tritonimplicit.diff.implicit.call import RootCall
+from tritonimplicit.diff.implicit.adjoint import differentiable_root_vjp, root_jvp, root_vjp
+from tritonimplicit.diff.implicit.call import RootProblem
 from tritonimplicit.diff.implicit.closures import warn_of_hidden_leaves
-from tritonimplicit.linear_solve.solve import MaybeTensors, replace_at
-from tritonimplicit.operators import Tensors
+from tritonimplicit.linear_solve.solve import Dims, MaybeTensors, batch_first, replace_at
+from tritonimplicit.operators import Jacobian, Tensors
+from tritonimplicit.torch_internals import forward_rule, transforms_active, untraced
 
 
 class Root(torch.autograd.Function):
-    """(call, *tensors of the arguments) -> leaves of the solution."""
+    """(problem, *tensors of the arguments) -> leaves of the solution, tensor leaves of aux.
+
+    With a jvp and a vmap rule, `forward` always runs on plain tensors, whatever the transforms.
+    """
 
     @staticmethod
-    def forward(call: RootCall, *tensors: Tensor) -> Tensors:
+    @untraced
+    def forward(problem: RootProblem, *tensors: Tensor) -> Tensors:
         """Run the solver; autograd has switched grad off."""
+        solution, aux = problem.run(tensors)
+        problem.call.solution_count = len(solution)
         given = {t.untyped_storage().data_ptr() for t in tensors}
         # An output that shares memory with an input would change with it, unseen by autograd.
-        return tuple(
-            t.clone() if t.untyped_storage().data_ptr() in given else t.detach()
-            for t in call.run_solver(tensors)
+        separate = (
+            t.clone() if t.untyped_storage().data_ptr() in given else t.detach() for t in solution
         )
+        return (*separate, *(t.detach() for t in aux))
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensors) -> None:
         """Save through autograd, whose version counters notice a change in place."""
-        call, *tensors = inputs
-        ctx.call, ctx.n = call, len(output)  # type: ignore[attr-defined]
-        ctx.save_for_backward(*output, *tensors)
+        problem, *tensors = inputs
+        n = problem.call.solution_count
+        ctx.problem, ctx.n = problem, n  # type: ignore[attr-defined]
+        ctx.aux_count = len(output) - n  # type: ignore[attr-defined]
+        ctx.mark_non_differentiable(*output[n:])
+        ctx.save_for_backward(*output[:n], *tensors)
+        ctx.save_for_forward(*output[:n], *tensors)
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         """Solve A^T u = -cotangents and pull u back into the arguments."""
-        call, saved = ctx.call, ctx.saved_tensors
-        x, args = saved[: ctx.n], saved[ctx.n :]
-        wanted = zip(ctx.needs_input_grad[1:], call.differentiable, strict=True)
+        problem, n, saved = ctx.problem, ctx.n, ctx.saved_tensors
+        x, args, cotangents = saved[:n], saved[n:], cotangents[:n]
+        wanted = zip(ctx.needs_input_grad[1:], problem.call.differentiable, strict=True)
         wrt = [i for i, (needed, named) in enumerate(wanted) if needed and named]
         grads: MaybeTensors = (None,) * len(args)
+        if not wrt:
+            return (None, *grads)
+        family = problem.family
+        if torch.is_grad_enabled():  # create_graph=True, or torch.func
+            pulled = differentiable_root_vjp(family, x, args, wrt, cotangents)
+            jacobian = None if transforms_active() else Jacobian(family.fn, x, args, wrt)
+        else:
+            pulled, jacobian = root_vjp(family, x, args, wrt, cotangents)
+        if jacobian is not None:
+            warn_of_hidden_leaves(jacobian.outputs, jacobian.leaves)
+        return (None, *replace_at(grads, wrt, pulled))
+
+    @staticmethod
+    @untraced
+    @forward_rule
+    def jvp(ctx: Any, saved: Tensors, _: None, *tangents: Tensor | None) -> MaybeTensors:
+        """Solve A dx = -(d optimality / d args) dargs."""
+        problem, n = ctx.problem, ctx.n
+        x, args = saved[:n], saved[n:]
+        named = problem.call.differentiable
+        wrt = [i for i, dot in enumerate(tangents) if dot is not None and named[i]]
         if wrt:
-            pulled, jacobian = root_vjp(call.family, x, args, wrt, cotangents)
-            if jacobian is not None:
-                warn_of_hidden_leaves(jacobian.outputs, jacobian.leaves)
-            grads = replace_at(grads, wrt, pulled)
-        return (None, *grads)
+            dx = root_jvp(problem.family, x, args, wrt, [tangents[i] for i in wrt])  # type: ignore[misc]
+        else:
+            dx = tuple(torch.zeros_like(t) for t in x)
+        return (*dx, *(None,) * ctx.aux_count)
+
+    @staticmethod
+    @untraced
+    def vmap(
+        info: Any, in_dims: Dims, problem: RootProblem, *tensors: Tensor
+    ) -> tuple[Tensors, Dims]:
+        """Run the solver vmapped; its gradient is one batched solve."""
+        dims = tuple(None if dim is None else 0 for dim in in_dims[1:])
+        out: Tensors = Root.apply(  # type: ignore[no-untyped-call]
+            problem.vmapped(dims), *batch_first(tensors, in_dims[1:])
+        )
+        return out, (0,) * len(out)

@@ -1,0 +1,54 @@
+"""Private parts of PyTorch that derivative rules need and that have no public name.
+
+Used with torch 2.11 and 2.13; `tests/test_torch_internals.py` holds what each is used for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def transforms_active() -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp, ...) is running."""
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active
+
+
+def untraced(rule: Callable[P, R]) -> Callable[P, R]:
+    """Keep torch.compile's tracer out of `rule`: a graph break instead of a dropped jvp.
+
+    Dynamo traces a custom Function without its jvp rule (pytorch#192985). Unlike
+    torch.compiler.disable this does not import the compiler.
+    """
+    wrapped: Callable[P, R] = torch._disable_dynamo(rule)  # type: ignore[attr-defined]
+    return wrapped
+
+
+def forward_rule(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a Function's jvp nest: `jvp(ctx, saved, *tangents)`, with this level's saved tensors.
+
+    PyTorch switches forward AD off inside a Function's jvp, which turns the outer levels' tangents
+    into zeros without a word (pytorch#197867). Here it is on again, and this level's tangents are
+    taken off the saved tensors.
+    """
+
+    @functools.wraps(jvp)
+    def rule(ctx: Any, *tangents: Any) -> Any:
+        forward_ad: Any = torch.autograd.forward_ad
+        with forward_ad._set_fwd_grad_enabled(transforms_active()):
+            return jvp(ctx, _primals(ctx.saved_tensors), *tangents)
+
+    return rule
+
+
+def _primals(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    unpack: Any = torch._VF._unpack_dual
+    return tuple(unpack(t, level=0)[0] if t.is_floating_point() else t for t in tensors)
