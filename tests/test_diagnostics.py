@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+
 import tritonimplicit as ti
 from tritonimplicit.diagnostics import warn_of_failures
 

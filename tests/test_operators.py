@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tritonimplicit.operators import Jacobian, transpose
 
 DOUBLE = torch.float64

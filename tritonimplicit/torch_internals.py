@@ -22,6 +22,12 @@ def transforms_active() -> bool:
     return active
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a torch.func transform has wrapped the tensor, at any level."""
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped
+
+
 def untraced(rule: Callable[P, R]) -> Callable[P, R]:
     """Keep torch.compile's tracer out of `rule`: a graph break instead of a dropped jvp.
 

@@ -211,7 +211,11 @@ def solve_cg(target: Target, diagonal: Tensor, b: Tensor, rtol: float, maxiter: 
     count = target.backend.partial_count(b.shape[1])
     rr = partials(row_norms(b).square(), count)
     step = CG(
-        **_common(torch.zeros_like(b), rr), r=b, p=b, ap=b, dots=torch.zeros(2, *rr.shape, dtype=F64)
+        **_common(torch.zeros_like(b), rr),
+        r=b,
+        p=b,
+        ap=b,
+        dots=torch.zeros(2, *rr.shape, dtype=F64),
     )
     step.threshold, step.maxiter = rtol**2 * rr.sum(1), maxiter
     step.state[1] = 0

@@ -133,7 +133,9 @@ def neumann_cases(dtype: torch.dtype) -> Neumann:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("cases", "codes"), [(cg_cases, CG_CASES), (neumann_cases, NEUMANN_CASES)], ids=["cg", "neumann"]
+    ("cases", "codes"),
+    [(cg_cases, CG_CASES), (neumann_cases, NEUMANN_CASES)],
+    ids=["cg", "neumann"],
 )
 def test_each_system_comes_to_its_own_status(
     target: Target, cases: type, codes: dict[str, int], dtype: torch.dtype

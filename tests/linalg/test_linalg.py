@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import tritonimplicit as ti
 from tritonimplicit.linalg import cg, ns, ns_inv
 

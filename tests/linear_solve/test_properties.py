@@ -1,10 +1,11 @@
-"""Whatever the problem: a result meets its tolerance by fp64's judgement, or its status says not."""
+"""Whatever the problem: a result meets its tolerance, judged in fp64, or its status says not."""
 
 import warnings
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tritonimplicit import Status
 from tritonimplicit.linear_solve import CG, Dense, Neumann, NormalCG
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 import tritonimplicit as ti
 from tritonimplicit.linear_solve import CG, Dense, Neumann, NormalCG
 

@@ -4,9 +4,10 @@ import collections
 
 import pytest
 import torch
-import tritonimplicit as ti
 from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.func import functional_call
+
+import tritonimplicit as ti
 from tritonimplicit import custom_root
 from tritonimplicit.linear_solve import CG, Dense, Neumann, NormalCG
 
@@ -285,8 +286,16 @@ def test_solvers_of_the_same_form_are_accepted_and_held_to_it():
 
 @pytest.mark.parametrize(
     ("argnums", "error"),
-    [(0, ValueError), ((0, 1), ValueError), (-1, ValueError), ((), ValueError)]
-    + [(1.0, TypeError), ("a", TypeError), (True, TypeError), ((1, None), TypeError)],
+    [
+        (0, ValueError),
+        ((0, 1), ValueError),
+        (-1, ValueError),
+        ((), ValueError),
+        (1.0, TypeError),
+        ("a", TypeError),
+        (True, TypeError),
+        ((1, None), TypeError),
+    ],
 )
 def test_argnums_that_name_no_argument(argnums, error):
     with pytest.raises(error, match="argnums"):

@@ -336,13 +336,19 @@ def test_meta_parameters_changed_before_backward_are_an_error(data, reg):
         torch.autograd.grad(loss, reg)
 
 
-def test_state_at_the_time_of_solve_counts(data, reg):
+def test_the_state_that_solve_leaves_counts(data, reg):
     class Module(Ridge):
+        scale = float("nan")
+
         def objective(self, x, y):
-            return super().objective(x, y) * (1.0 if self.training else float("nan"))
+            return super().objective(x, y) * self.scale
+
+        def solve(self, x, y):
+            self.scale = 2.0
+            return super().solve(x, y)
 
     module = Module(reg).solve(*data)
-    module.eval()
+    module.scale = float("nan")
     (gradient,) = torch.autograd.grad(outer(module.w), reg)
     assert_exact(gradient, expected_gradient(*data, reg), data[0], reg)
 

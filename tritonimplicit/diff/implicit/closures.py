@@ -1,11 +1,16 @@
-"""Finds the tensors that a recorded function uses without having been given them."""
+"""Finds the tensors that a function uses without being given them: they get no gradient."""
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
+import optree
 from torch import Tensor
+
+from tritonimplicit.torch_internals import is_transformed
 
 
 def hidden_leaves(outputs: Iterable[Tensor], given: Iterable[Tensor]) -> list[Tensor]:
@@ -37,4 +42,32 @@ def warn_of_hidden_leaves(outputs: Iterable[Tensor], given: Iterable[Tensor]) ->
             "through torch.func.functional_call), or detach them.",
             UserWarning,
             stacklevel=2,
+        )
+
+
+def closed_over(fn: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Tensors in the closure of a function, and in those of the functions that it closes over."""
+    seen = set() if seen is None else seen
+    if id(fn) in seen:
+        return
+    seen.add(id(fn))
+    if isinstance(fn, functools.partial):
+        contents: Any = [fn.func, *fn.args, *fn.keywords.values()]
+    else:
+        contents = [cell.cell_contents for cell in getattr(fn, "__closure__", None) or ()]
+    leaves: list[Any] = optree.tree_leaves(contents)
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif callable(leaf):
+            yield from closed_over(leaf, seen)
+
+
+def refuse_transformed_closure(fn: Callable[..., Any]) -> None:
+    """Raise RuntimeError if a torch.func transform would lose a gradient through fn's closure."""
+    if any(is_transformed(tensor) for tensor in closed_over(fn)):
+        raise RuntimeError(
+            "optimality_fn closes over a tensor that a torch.func transform (grad, jvp, vmap, ...) "
+            "is working on, which would silently get no gradient: pass it as an argument and name "
+            "it in argnums."
         )

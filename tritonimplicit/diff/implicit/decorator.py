@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from tritonimplicit.diff.implicit.call import PREFIX, RootCall
+from tritonimplicit.diff.implicit.closures import refuse_transformed_closure
 from tritonimplicit.diff.implicit.root import Root
 from tritonimplicit.linear_solve.base import Solve
 from tritonimplicit.linear_solve.normal_cg import NormalCG
+from tritonimplicit.torch_internals import transforms_active, untraced
 
 SolverFn = TypeVar("SolverFn", bound=Callable[..., Any])
 
@@ -52,7 +54,10 @@ def custom_root(
         optimality_signature = inspect.signature(optimality_fn)
 
         @functools.wraps(solver_fn)
+        @untraced
         def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if transforms_active():
+                refuse_transformed_closure(optimality_fn)
             bound = solver_signature.bind(*args, **kwargs)
             bound.apply_defaults()
             _check_optimality_takes(optimality_signature, bound)

@@ -41,9 +41,9 @@ class ImplicitMetaGradientModule(MetaGradientModule, abc.ABC):
     grad; frozen ones are constants. `solve` may be called again: it starts from the values reached
     and does not touch the graph of the solve before. Under `torch.no_grad()` it only solves.
 
-    The optimality is evaluated on copies of the module as it was before `solve` (with its buffers
-    and other tensors shared), so attributes that it sets are not seen outside. It must reach
-    parameters through `self`. No gradient flows into the arguments of `solve`.
+    The optimality is evaluated on copies of the module as `solve` left it, which share its buffers
+    and frozen parameters; attributes that it sets are not seen outside. It must reach parameters
+    through `self`. No gradient flows into the arguments of `solve`.
 
     Raises, when a subclass is made: TypeError for a subclass with neither `optimality` nor
     `objective`, or with one that is not a method.
@@ -176,18 +176,21 @@ def enable_implicit_gradients(cls: type[M]) -> type[M]:
             output = run(self, *args, **kwargs)
             self._take_back()
             return output
-        # The graph must not hold this module, which will hold the graph (see `_snapshot`): what the
-        # solver needs and returns goes by a list that is empty in the end.
+        # The graph keeps `solver` and must not keep this module (see _Snapshot): the module, and
+        # what it returns, go by a list that is empty in the end.
         handover: list[Any] = [self]
 
-        def solver(_init: Tensors, _meta: Tensors, _: M, /, *args: Any, **kwargs: Any) -> Tensors:
+        def solver(
+            _: Tensors, __: Tensors, snapshot: _Snapshot, /, *args: Any, **kwargs: Any
+        ) -> Any:
             module: M = handover.pop()
             handover.append(run(module, *args, **kwargs))
             module._take_back()  # run() may have called a parent's `solve` with grad
+            snapshot.take(module, names)
             return tuple(p.detach().clone() for p in _named(module, names))
 
         implicit = custom_root(_residual, argnums=1, solve=type(self).linear_solve)(solver)
-        solution = implicit((), meta, _snapshot(self, names), *args, **kwargs)
+        solution = implicit((), meta, _Snapshot(), *args, **kwargs)
         self._issue(zip(solution, _named(self, names), strict=True))
         return handover.pop()
 
@@ -196,11 +199,27 @@ def enable_implicit_gradients(cls: type[M]) -> type[M]:
     return cls
 
 
-def _residual(params: Tensors, meta: Tensors, snapshot: M, /, *args: Any, **kwargs: Any) -> Tensors:
+class _Snapshot:
+    """A copy of the module as `solve` left it, without graphs, for the graph of its solution.
+
+    That graph needs the module's code and state. Were it to hold the module itself, which holds the
+    solution, there would be a cycle that Python's garbage collector cannot see.
+    """
+
+    module: ImplicitMetaGradientModule
+
+    def take(self, module: ImplicitMetaGradientModule, names: tuple[str, ...]) -> None:
+        self.module = replicate(module, lambda t: t.detach() if t.grad_fn is not None else t)
+        vars(self.module)["_solved_for"] = names
+
+
+def _residual(
+    params: Tensors, meta: Tensors, snapshot: _Snapshot, /, *args: Any, **kwargs: Any
+) -> Tensors:
     """Return the optimality of the module with these parameters and meta-parameters."""
-    names, old_meta = _variables(snapshot)
-    old = (*_named(snapshot, names), *old_meta)
-    module = _with_tensors(snapshot, old, (*params, *meta))
+    names, old_meta = _variables(snapshot.module)
+    old = (*_named(snapshot.module, names), *old_meta)
+    module = _with_tensors(snapshot.module, old, (*params, *meta))
     residual: object = module.optimality(*args, **kwargs)
     where = f"{type(module).__name__}.optimality()"
     if not isinstance(residual, (tuple, list)):
@@ -219,18 +238,6 @@ def _residual(params: Tensors, meta: Tensors, snapshot: M, /, *args: Any, **kwar
                 f"of shape {tuple(param.shape)}."
             )
     return tuple(residual)
-
-
-def _snapshot(module: M, names: tuple[str, ...]) -> M:
-    """Return a copy of the module as it is, without graphs, for the graph of its solution to keep.
-
-    The solution's graph needs the module's code and state. Were it to hold the module itself, which
-    holds the solution, there would be a cycle that Python's garbage collector cannot see.
-    """
-    # Not detach(): its result keeps its base, and with it the graph.
-    snapshot = replicate(module, lambda t: t.data if t.grad_fn is not None else t)
-    vars(snapshot)["_solved_for"] = names
-    return snapshot
 
 
 def _with_tensors(module: M, old: Tensors, new: Tensors) -> M:

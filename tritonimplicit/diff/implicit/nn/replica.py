@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import optree
+import torch
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
@@ -20,6 +21,9 @@ def replicate(module: M, replace: Callable[[Tensor], Tensor]) -> M:
     Modules are copied, whatever else they hold is shared. References to modules and tensors are
     followed through pytrees, bound methods, partials and closures, but not through the attributes
     of other objects.
+
+    Raises:
+        TypeError: a scripted submodule with parameters, which lie out of reach.
     """
     replica: M = _Replication(replace).value(module)
     return replica
@@ -46,6 +50,12 @@ class _Replication:
             return self.done[id(value)]
         if isinstance(value, Tensor):
             self.done[id(value)] = self.replace(value)
+        elif isinstance(value, torch.jit.ScriptModule):
+            if next(value.parameters(), None) is not None:
+                raise TypeError(
+                    "the parameters of a scripted submodule cannot be replaced, so there are no "
+                    "implicit gradients for it: use the module that was scripted."
+                )
         elif isinstance(value, nn.Module):
             self._module(value)
         elif isinstance(value, types.MethodType):

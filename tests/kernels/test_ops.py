@@ -1,0 +1,122 @@
+"""The registered ops: what torch asks of an op, and what a wrong argument gets."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tritonimplicit_kernels as kernels
+from tests.kernels.problems import DTYPES, F64, Step, cg, neumann
+
+CG_STEP = ("x", "r", "p", "ap", "dots", "rr", "state", "threshold", "maxiter")
+NEUMANN_STEP = ("x", "ax", "b", "alpha", "rr", "state", "threshold", "limit", "maxiter")
+OUTPUTS = ("rr_out", "state_out", "residual_sq")
+ARGUMENTS = {
+    "cg_dots": ("p", "ap", "state", "dots"),
+    "cg_step": CG_STEP + OUTPUTS,
+    "neumann_step": NEUMANN_STEP + OUTPUTS,
+}
+
+
+def arguments(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    step: Step = neumann(3, 40, dtype, 2) if op == "neumann_step" else cg(3, 40, dtype, 2)
+    if op == "cg_step":
+        step.dots[:] = 1.0
+    return {name: getattr(step, name) for name in ARGUMENTS[op]}
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_accepts_the_op(op: str, dtype: torch.dtype) -> None:
+    registered = getattr(torch.ops.tritonimplicit, op).default
+    names = tuple(argument.name for argument in registered._schema.arguments)
+    assert names == ARGUMENTS[op]
+    values = {
+        name: v.nan_to_num() if isinstance(v, Tensor) else v
+        for name, v in arguments(op, dtype).items()
+    }
+    torch.library.opcheck(registered, tuple(values.values()))
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_an_op_is_the_backends_function(op: str) -> None:
+    ours, theirs = arguments(op), arguments(op)
+    assert getattr(kernels, op)(**ours) is None
+    getattr(kernels.backend("reference", "cpu", torch.float32), op)(*theirs.values())
+    for name, value in ours.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_every_wrong_argument_is_named(op: str) -> None:
+    for name, value in arguments(op).items():
+        if not isinstance(value, Tensor):
+            continue
+        wrong = {
+            "dtype": value.to(torch.float16),
+            "one system more": value.new_ones(tuple(size + 1 for size in value.shape)),
+            "device": value.to("meta"),
+            "strides": value.repeat_interleave(2, dim=-1)[..., ::2],
+        }
+        for what, instead in wrong.items():
+            given = arguments(op) | {name: instead}
+            if what == "device" and name == next(iter(given)):
+                continue  # the first argument says which device is right
+            with pytest.raises((TypeError, ValueError)) as caught:
+                getattr(kernels, op)(**given)
+            assert what == "device" or any(f"{n} must" in str(caught.value) for n in given), what
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a | {"x": a["x"].half()}, "x must be float32 or float64, not torch.float16"),
+        (lambda a: a | {"x": a["x"][:, :40]}, r"ld a positive multiple of 16, not \(3, 40\)"),
+        (lambda a: a | {"x": a["x"][0]}, r"x must be \(B, ld\)"),
+        (lambda a: a | {"p": a["p"].double()}, "p must be torch.float32, not torch.float64"),
+        (lambda a: a | {"dots": a["dots"][..., :0]}, "P from 1 to 256"),
+        (lambda a: a | {"rr": a["rr"][:, :1]}, r"rr must be \(B, P\), here \(3, 2\), not \(3, 1\)"),
+        (lambda a: a | {"state": a["state"].long()}, "state must be torch.int32"),
+        (lambda a: a | {"r": a["r"].T.contiguous().T}, "r must be contiguous"),
+        (lambda a: a | {"rr_out": a["rr"]}, "rr_out must have memory of its own"),
+        (lambda a: a | {"state_out": a["state"]}, "state_out must have memory of its own"),
+        (lambda a: a | {"r": torch.zeros(3 * 48 + 1)[1:].view(3, 48)}, "multiple of 16 bytes"),
+    ],
+)
+def test_a_wrong_argument_gets_a_sentence(change: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        kernels.cg_step(**change(arguments("cg_step")))
+
+
+def test_backends_are_picked_and_refused() -> None:
+    with pytest.raises(ValueError, match="'auto', 'reference', 'triton', not 'cuda'"):
+        kernels.backend("cuda", "cpu", F64)
+    with pytest.raises(TypeError, match=r"float32 or float64, not torch\.float16"):
+        kernels.backend("auto", "cpu", torch.float16)
+    assert kernels.backend("auto", "cpu", F64).name == "reference"
+    assert kernels.backend("reference", torch.device("cpu"), F64).name == "reference"
+
+
+def test_triton_is_never_replaced_in_silence() -> None:
+    pytest.importorskip("triton", reason="triton is a dependency on Linux only")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        kernels.backend("triton", "cpu", F64)
+
+
+def test_triton_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tritonimplicit_kernels.backends.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="triton, which is not installed"):
+        kernels.backend("triton", "cuda", F64)
+    assert kernels.backend("auto", "cuda", F64).name == "reference"
+
+
+def test_triton_is_imported_only_when_needed() -> None:
+    use = "import tritonimplicit_kernels as k, torch, sys; k.backend('auto', 'cpu', torch.float32)"
+    path = [f"sys.path[:0] = {sys.path!r}", use, "assert 'triton' not in sys.modules"]
+    subprocess.run([sys.executable, "-c", "import sys; " + "; ".join(path)], check=True)

@@ -1,0 +1,92 @@
+"""The plain torch backend: a system's bits depend on nothing beside it, and norms stay in range."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.kernels.problems import DTYPES, F64, Step, Target, cg, neumann, randn
+from tritonimplicit_kernels import backend, partial_count, reference, row_norms, status
+
+TARGET = Target(reference, "cpu")
+# Rows of one chunk or several, one or several a tile, longer than a tile; tails of every kind.
+LENGTHS = [16, 48, 1008, 16384, 16400, 40000, 150000]
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def bits_equal(one: Step, other: Step) -> bool:
+    results = ("x", "r", "p", "dots", "rr_out", "state_out", "residual_sq")
+    pairs = [(getattr(one, name), getattr(other, name)) for name in results if hasattr(one, name)]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("make", [cg, neumann])
+def test_a_system_is_the_same_alone_and_in_a_batch(
+    make: type, n: int, dtype: torch.dtype, threads: int
+) -> None:
+    step: Step = make(7, n, dtype, 3)  # three partial sums: fewer than a SIMD register holds
+    together = TARGET.run(step)
+    for systems in ([0], [3], [2, 5], [1, 2, 3, 4, 5, 6]):
+        assert bits_equal(TARGET.run(step.select(systems)), together.select(systems))
+    step.state[0, [0, 3, 4]] = status.CONVERGED  # frozen beside those that run: they are NaN
+    step.residual_sq[:] = 0
+    step.x[[0, 3, 4]] = torch.nan
+    running = [1, 2, 5, 6]
+    assert bits_equal(TARGET.run(step).select(running), together.select(running))
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_threads_do_not_change_the_bits(n: int) -> None:
+    before = torch.get_num_threads()
+    done = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        done.append([TARGET.run(make(2, n, torch.float32)) for make in (cg, neumann)])
+    torch.set_num_threads(before)
+    for other in done[1:]:
+        assert all(bits_equal(a, b) for a, b in zip(done[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_vector_is_not_copied(dtype: torch.dtype) -> None:
+    """What a step allocates is a few tiles, however long the vectors."""
+    step = cg(2, 2**21, dtype)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step.launch(reference)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest < step.x.nbytes / 4
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_row_norms_are_the_exact_norms_rounded(n: int) -> None:
+    v = randn(5, n, torch.float32, seed=3)
+    norms = row_norms(v)
+    # Squares of float32 numbers are exact in float64; sqrt halves the sum's relative error.
+    bound = n**0.5 * torch.finfo(F64).eps
+    torch.testing.assert_close(norms, v.double().norm(dim=1), rtol=bound, atol=0)
+    assert torch.equal(row_norms(v[3:4]), norms[3:4])
+
+
+def test_row_norms_hold_for_all_finite_float32_numbers() -> None:
+    largest, smallest = torch.finfo(torch.float32).max, 2.0**-149
+    v = torch.zeros(3, 16)
+    v[0], v[1, :4] = largest, smallest
+    assert row_norms(v).tolist() == [4 * largest, 2 * smallest, 0]
+    assert row_norms(v[:0]).shape == (0,)
+
+
+def test_one_partial_sum_a_row() -> None:
+    assert [reference.partial_count(ld) for ld in (16, 10**7)] == [1, 1]
+    assert partial_count(10**7, "cpu") == 1
+    assert backend("auto", "cpu", torch.float32) is reference
