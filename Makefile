@@ -7,6 +7,8 @@ DEMO_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
+PIP_INSTALL := $(RUN) -m pip install --disable-pip-version-check -e '.[dev]' -c constraints.txt
+TOO_OLD := "Python 3.10 or newer is needed: make PYTHON=python3.12, for one"
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-gpu lint kernels-check clean
@@ -20,9 +22,10 @@ help:
 	@echo 'make clean          remove .venv, builds and caches'
 
 $(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and $(TOO_OLD))'
 	@echo 'installing into $(VENV) (the first time takes minutes, longer where torch brings CUDA along)'
 	@$(PYTHON) -m venv $(VENV)
-	@$(RUN) -m pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@$(PIP_INSTALL) -q || { echo 'that failed; once more, with all that pip says:'; $(PIP_INSTALL); }
 	@touch $@
 
 demo: $(INSTALLED)

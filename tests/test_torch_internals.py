@@ -5,6 +5,7 @@ import sys
 
 import torch
 from torch.autograd import forward_ad
+
 from tritonimplicit.torch_internals import (
     forward_rule,
     is_transformed,

@@ -1,8 +1,8 @@
 """Gradients through the solution of an optimisation problem or a fixed point, in PyTorch."""
 
-from tritonimplicit import diff, linalg, linear_solve, optim
+from tritonimplicit import diff, linalg, linear_solve, nn, optim
 from tritonimplicit.diagnostics import ConvergenceWarning, Solution, Status
-from tritonimplicit.diff.implicit import custom_root
+from tritonimplicit.diff.implicit import custom_fixed_point, custom_root
 from tritonimplicit.optim import SGD, apply_updates, module_clone, sgd
 
 __version__ = "0.1.0"
@@ -13,6 +13,7 @@ __all__ = [
     "Solution",
     "Status",
     "apply_updates",
+    "custom_fixed_point",
     "custom_root",
     "diff",
     "linalg",

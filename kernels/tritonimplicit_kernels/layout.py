@@ -14,13 +14,20 @@ MAX_P: Final = 256
 
 _VECTOR_DTYPES = (torch.float32, torch.float64)
 _VECTORS = ("x", "r", "p", "ap", "b", "ax")
-_SHAPES: Final = {
+SHAPES: Final = {
     **dict.fromkeys(_VECTORS, "B, ld"),
     "dots": "2, B, P",
     **dict.fromkeys(("rr", "rr_out"), "B, P"),
     **dict.fromkeys(("threshold", "limit", "alpha", "residual_sq"), "B"),
     **dict.fromkeys(("state", "state_out"), "2, B"),
 }
+
+
+def dtype_of(name: str, vector_dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the tensor known by `name` beside vectors of `vector_dtype`."""
+    if name in ("state", "state_out"):
+        return torch.int32
+    return vector_dtype if name in _VECTORS else torch.float64
 
 
 def check_layout(**tensors: Tensor) -> None:
@@ -38,15 +45,13 @@ def check_layout(**tensors: Tensor) -> None:
         )
     sizes = {"2": 2, "B": first.shape[0], "ld": first.shape[1], "P": _partial_count(**tensors)}
     for name, tensor in tensors.items():
-        dtype = first.dtype if name in _VECTORS else torch.float64
-        if name in ("state", "state_out"):
-            dtype = torch.int32
+        dtype = dtype_of(name, first.dtype)
         if tensor.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, not {tensor.dtype}")
-        shape = tuple(sizes[size] for size in _SHAPES[name].split(", "))
+        shape = tuple(sizes[size] for size in SHAPES[name].split(", "))
         if tensor.shape != shape:
             raise ValueError(
-                f"{name} must be ({_SHAPES[name]}), here {shape}, not {tuple(tensor.shape)}"
+                f"{name} must be ({SHAPES[name]}), here {shape}, not {tuple(tensor.shape)}"
             )
         if tensor.device != first.device:
             raise ValueError(f"{name} must be on {first.device}, not on {tensor.device}")
@@ -65,11 +70,11 @@ def check_memory(**tensors: Tensor) -> None:
 
 
 def _partial_count(**tensors: Tensor) -> int:
-    name, partials = next((n, t) for n, t in tensors.items() if "P" in _SHAPES[n])
+    name, partials = next((n, t) for n, t in tensors.items() if "P" in SHAPES[n])
     count = partials.shape[-1] if partials.ndim else 0
     if not 1 <= count <= MAX_P:
         raise ValueError(
-            f"{name} must be ({_SHAPES[name]}) with P from 1 to {MAX_P}, "
+            f"{name} must be ({SHAPES[name]}) with P from 1 to {MAX_P}, "
             f"not {tuple(partials.shape)}"
         )
     return count

@@ -16,7 +16,7 @@ from tritonimplicit_kernels.backends import backend
 from tritonimplicit_kernels.layout import check_layout, check_memory
 
 _LIBRARY: Final = torch.library.Library("tritonimplicit", "DEF")
-_SCHEMAS: Final = {
+SCHEMAS: Final = {
     "cg_dots": "Tensor p, Tensor ap, Tensor state, Tensor(a!) dots",
     "cg_step": "Tensor(a!) x, Tensor(b!) r, Tensor(c!) p, Tensor ap, Tensor dots, Tensor rr, "
     "Tensor state, Tensor threshold, int maxiter, Tensor(d!) rr_out, Tensor(e!) state_out, "
@@ -51,7 +51,7 @@ def _register(name: str, arguments: str) -> None:
         _LIBRARY.impl(name, run, device)
 
 
-for _name, _arguments in _SCHEMAS.items():
+for _name, _arguments in SCHEMAS.items():
     _register(_name, _arguments)
 
 

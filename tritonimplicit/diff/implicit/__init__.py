@@ -1,5 +1,6 @@
 """Implicit differentiation of the solutions of optimisation problems and fixed points."""
 
 from tritonimplicit.diff.implicit.decorator import custom_root
+from tritonimplicit.diff.implicit.fixed_point import custom_fixed_point
 
-__all__ = ["custom_root"]
+__all__ = ["custom_fixed_point", "custom_root"]

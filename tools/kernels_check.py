@@ -1,0 +1,227 @@
+"""Compile every kernel for GPUs that need not be there, and judge the machine code.
+
+Prints a table, and fails on a spilled register, or where a load of a main loop is not 128 bits wide.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from tritonimplicit_kernels import ops
+from tritonimplicit_kernels import triton as kernels
+from tritonimplicit_kernels.layout import SHAPES, dtype_of
+
+TARGETS = [
+    GPUTarget("cuda", 80, 32),
+    GPUTarget("cuda", 90, 32),
+    GPUTarget("cuda", 100, 32),
+    GPUTarget("hip", "gfx942", 64),
+]
+DTYPES = [torch.float32, torch.float64]
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+@dataclass
+class Report:
+    """What the machine code of one kernel says."""
+
+    registers: int
+    spills: int
+    bulk_widths: list[str]
+    shared: int
+
+    @property
+    def wide(self) -> int:
+        """The number of bulk loads that are 128 bits wide."""
+        return sum(width in ("128", "dwordx4", "b128") for width in self.bulk_widths)
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.spills:
+            found.append(f"spills ({self.spills})")
+        if not self.bulk_widths:
+            found.append("has no main loop with loads")
+        elif self.wide < len(self.bulk_widths):
+            found.append(f"has main-loop loads of widths {sorted(set(self.bulk_widths))}")
+        return found
+
+
+class _OfflineDriver:
+    """Stands for a GPU that is not there: enough for Triton to compile, not to run."""
+
+    def __init__(self, target: GPUTarget):
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> tuple[str, str | int]:
+        return self._target.backend, self._target.arch  # keys Triton's cache of compiled kernels
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+@contextmanager
+def compiling_only(target: GPUTarget) -> Iterator[dict[str, Any]]:
+    """Make launches compile for `target` and run nothing; yield the compiled kernels by name.
+
+    The arguments are specialised as at run time, and blocks and warps are the launchers' own.
+    """
+    compiled: dict[str, Any] = {}
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction[Any], *args: Any, warmup: bool, **options: Any) -> None:
+        compiled[self.__name__] = run(self, *args, warmup=True, **options)
+
+    offline = mock.patch.object(driver, "_active", _OfflineDriver(target))
+    with offline, mock.patch.object(JITFunction, "run", compile_only):
+        yield compiled
+
+
+def launch_all(dtype: torch.dtype) -> None:
+    """Call the Triton launcher of every op on small tensors."""
+    sizes = {"2": 2, "B": 2, "ld": 4096, "P": 2}
+    for op in ops.SCHEMAS:
+        arguments = getattr(torch.ops.tritonimplicit, op).default._schema.arguments
+        values = [
+            torch.zeros([sizes[size] for size in SHAPES[a.name].split(", ")]).to(
+                dtype_of(a.name, dtype)
+            )
+            if a.name in SHAPES
+            else 100
+            for a in arguments
+        ]
+        getattr(kernels, op)(*values)
+
+
+def kernel_names() -> set[str]:
+    """Return the names of all kernels in the package."""
+    modules = [
+        importlib.import_module(module.name)
+        for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}.")
+    ]
+    names = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert names, "the package has no kernels"
+    return names
+
+
+def innermost_loops(
+    lines: list[str], branch: Callable[[int, str], int | None], loads: re.Pattern[str]
+) -> Iterable[list[str]]:
+    """Yield the widths of the loads of each innermost loop that loads.
+
+    A loop lies between a branch backwards and its target; `branch` returns a line's target.
+    """
+    loops = []
+    for end, line in enumerate(lines):
+        start = branch(end, line)
+        if start is not None and start < end:
+            widths = [found[1] for text in lines[start:end] if (found := loads.search(text))]
+            if widths:
+                loops.append((start, end, widths))
+    for start, end, widths in loops:
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e, _ in loops):
+            yield widths
+
+
+def report_cuda(kernel: Any) -> Report:
+    """Read registers, local memory and loads from the SASS."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage, sass = (
+            subprocess.run(
+                [CUOBJDUMP, option, cubin], check=True, capture_output=True, text=True
+            ).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    code = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
+    index = {int(address, 16): k for k, (address, _) in enumerate(code)}
+    lines = [text for _, text in code]
+
+    def branch(_: int, line: str) -> int | None:
+        target = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", line)
+        return index[int(target[1], 16)] if target else None
+
+    loops = innermost_loops(lines, branch, re.compile(r"\bLDG\.E\S*?(?:\.(64|128|U8|U16|S8))?\s"))
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers and lines, "cuobjdump's output is not as expected"
+    return Report(
+        registers=int(registers[1]),
+        spills=sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in lines),
+        bulk_widths=[width or "32" for widths in loops for width in widths],
+        shared=kernel.metadata.shared,
+    )
+
+
+def report_hip(kernel: Any) -> Report:
+    """Read registers, spills and loads from the AMDGCN assembly."""
+    assembly = kernel.asm["amdgcn"]
+    lines = assembly.splitlines()
+    labels = {line.split(":")[0]: k for k, line in enumerate(lines) if line.startswith(".LBB")}
+
+    def branch(_: int, line: str) -> int | None:
+        target = re.search(r"\bs_c?branch\w*\s+(\.LBB\w+)", line)
+        return labels[target[1]] if target else None
+
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s*(\d+)", assembly)
+        assert found, f"the assembly does not say .{key}"
+        return int(found[1])
+
+    loops = innermost_loops(lines, branch, re.compile(r"\b(?:global|buffer|flat)_load_(\w+)"))
+    return Report(
+        registers=number("vgpr_count"),
+        spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
+        bulk_widths=[width for widths in loops for width in widths],
+        shared=kernel.metadata.shared,
+    )
+
+
+def report(target: GPUTarget, kernel: Any) -> Report:
+    return report_cuda(kernel) if target.backend == "cuda" else report_hip(kernel)
+
+
+def main() -> int:
+    if kernels.INTERPRETED:
+        raise SystemExit("this compiles kernels: run it without TRITON_INTERPRET=1")
+    faults = []
+    print(f"{'kernel':22}{'dtype':9}{'target':9}{'registers':>9}{'spills':>8}", end="")
+    print(f"{'128-bit bulk loads':>20}{'shared bytes':>14}")
+    for target in TARGETS:
+        name = target.arch if target.backend == "hip" else f"sm_{target.arch}"
+        for dtype in DTYPES:
+            with compiling_only(target) as compiled:
+                launch_all(dtype)
+            missing = kernel_names() - compiled.keys()
+            faults += [f"{kernel} for {name}: no op launches it" for kernel in sorted(missing)]
+            for kernel, binary in compiled.items():
+                r = report(target, binary)
+                share = f"{r.wide} of {len(r.bulk_widths)}"
+                row = f"{kernel.strip('_'):22}{str(dtype)[6:]:9}{name:9}{r.registers:>9}"
+                print(f"{row}{r.spills:>8}{share:>20}{r.shared:>14}")
+                faults += [f"{kernel} in {dtype} for {name} {fault}" for fault in r.faults()]
+    print(*faults, sep="\n")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

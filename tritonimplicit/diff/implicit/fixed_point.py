@@ -1,0 +1,51 @@
+"""`custom_fixed_point`: gives a fixed-point iteration the gradient of the point that it finds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+from torch import Tensor
+
+from tritonimplicit.diff.implicit.decorator import SolverFn, custom_root
+from tritonimplicit.linear_solve.base import Solve
+
+
+def custom_fixed_point(
+    fixed_point_fn: Callable[..., Any],
+    argnums: int | Sequence[int],
+    has_aux: bool = False,
+    solve: Solve | None = None,
+) -> Callable[[SolverFn], SolverFn]:
+    """Decorate `solver_fn(init, *args) -> z`, which finds z with z = fixed_point_fn(z, *args).
+
+    This is `custom_root` of z - fixed_point_fn(z, *args): arguments and errors are those of
+    `custom_root`, with `fixed_point_fn(z, *args)` returning a pytree of z's structure and shapes.
+    In the backward pass A = I - J^T, which `linear_solve.solve_inv(ns=True)` solves where J is a
+    contraction.
+    """
+
+    @functools.wraps(fixed_point_fn)
+    def residual(z: Any, *args: Any, **kwargs: Any) -> Any:
+        image = fixed_point_fn(z, *args, **kwargs)
+        structure, expected = optree.tree_structure(image), optree.tree_structure(z)
+        if structure != expected:
+            raise TypeError(
+                f"fixed_point_fn returned the structure {structure}; it must return that of the "
+                f"solution, {expected}."
+            )
+        return optree.tree_map(_difference, z, image)
+
+    return custom_root(residual, argnums, has_aux, solve)
+
+
+def _difference(z: Tensor, image: Tensor) -> Tensor:
+    if not isinstance(image, Tensor) or image.shape != z.shape:  # which would broadcast
+        got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(
+            f"fixed_point_fn returned {got} for a solution of shape {tuple(z.shape)}: they must "
+            "have the same shape."
+        )
+    return z - image
