@@ -1,6 +1,6 @@
 """Compile every kernel for GPUs that need not be there, and judge the machine code.
 
-Prints a table, and fails on a spilled register, or where a load of a main loop is not 128 bits wide.
+Prints a table, and fails on a spilled register, or on a main loop's load that is not 128 bits wide.
 """
 
 from __future__ import annotations
@@ -219,7 +219,8 @@ def main() -> int:
                 row = f"{kernel.strip('_'):22}{str(dtype)[6:]:9}{name:9}{r.registers:>9}"
                 print(f"{row}{r.spills:>8}{share:>20}{r.shared:>14}")
                 faults += [f"{kernel} in {dtype} for {name} {fault}" for fault in r.faults()]
-    print(*faults, sep="\n")
+    for fault in faults:
+        print(fault)
     return 1 if faults else 0
 
 

@@ -3,6 +3,7 @@
 from tritonimplicit import diff, linalg, linear_solve, nn, optim
 from tritonimplicit.diagnostics import ConvergenceWarning, Solution, Status
 from tritonimplicit.diff.implicit import custom_fixed_point, custom_root
+from tritonimplicit.opaque import compilable
 from tritonimplicit.optim import SGD, apply_updates, module_clone, sgd
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "Solution",
     "Status",
     "apply_updates",
+    "compilable",
     "custom_fixed_point",
     "custom_root",
     "diff",

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+_PLAIN_KEYS = (
+    torch._C._dispatch_tls_local_include_set(),
+    torch._C._dispatch_tls_local_exclude_set(),
+)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -26,6 +31,17 @@ def is_transformed(tensor: Tensor) -> bool:
     """Whether a torch.func transform has wrapped the tensor, at any level."""
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return wrapped
+
+
+def in_trace() -> bool:
+    """Whether AOTAutograd is tracing, below Dynamo: tensors have shapes and no values."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+def plain_dispatch() -> AbstractContextManager[None]:
+    """Dispatch as in a fresh thread: inside an op that AOTAutograd calls, autograd works again."""
+    guard: AbstractContextManager[None] = torch._C._ForceDispatchKeyGuard(*_PLAIN_KEYS)
+    return guard
 
 
 def untraced(rule: Callable[P, R]) -> Callable[P, R]:

@@ -74,7 +74,6 @@ def _partial_count(**tensors: Tensor) -> int:
     count = partials.shape[-1] if partials.ndim else 0
     if not 1 <= count <= MAX_P:
         raise ValueError(
-            f"{name} must be ({SHAPES[name]}) with P from 1 to {MAX_P}, "
-            f"not {tuple(partials.shape)}"
+            f"{name} must be ({SHAPES[name]}) with P from 1 to {MAX_P}, not {tuple(partials.shape)}"
         )
     return count

@@ -172,7 +172,7 @@ def _units(dtype: torch.dtype, n: int) -> float:
 
 
 def cg_oracle(step: CG) -> dict[str, Close]:
-    """Do the textbook's iteration in float64: hestenes and Stiefel, with the beta it implies."""
+    """Do the textbook's iteration in float64: Hestenes and Stiefel, with the beta it implies."""
     x, r, p, ap = (v.double() for v in (step.x, step.r, step.p, step.ap))
     rr = step.rr.sum(1, keepdim=True)
     pap, apap = (p * ap).sum(1, keepdim=True), (ap * ap).sum(1, keepdim=True)

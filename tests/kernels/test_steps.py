@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from tests.kernels.problems import (
+    CG,
     DTYPES,
     F64,
-    CG,
     Neumann,
     Step,
     Target,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.problems import DTYPES, F64, CG, Step, Target, cg, neumann, randn, solve_cg
+from tests.kernels.problems import CG, DTYPES, F64, Step, Target, cg, neumann, randn, solve_cg
 from tritonimplicit_kernels import backend, reference
 
 triton = pytest.importorskip("triton", reason="triton is a dependency on Linux only")

@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from tritonimplicit.linear_solve.base import LinearSolver, Solve
+from tritonimplicit.opaque import opaque_call
 from tritonimplicit.operators import Jacobian, Matvec, ResidualFn, Tensors, pullback, pushforward
-from tritonimplicit.torch_internals import forward_rule, untraced
+from tritonimplicit.torch_internals import forward_rule, in_trace, untraced
 
 MaybeTensors: TypeAlias = tuple[Tensor | None, ...]
 Dims: TypeAlias = tuple[int | None, ...]
@@ -84,14 +84,17 @@ class _LinearSolve(torch.autograd.Function):
     @staticmethod
     @untraced
     def forward(family: LinearFamily, transpose: bool, n: int, *flat: Tensor) -> Tensors:
-        jacobian = Jacobian(family.fn, flat[:n], flat[n:-n])
-        return family.solve(jacobian.T if transpose else jacobian, flat[-n:])
+        def solve(flat: Sequence[Tensor]) -> Tensors:
+            jacobian = Jacobian(family.fn, tuple(flat[:n]), tuple(flat[n:-n]))
+            return family.solve(jacobian.T if transpose else jacobian, tuple(flat[-n:]))
+
+        return opaque_call(solve, lambda flat: flat[-n:], flat) if in_trace() else solve(flat)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensors) -> None:
-        ctx.family, ctx.transpose, ctx.n, *flat = inputs  # type: ignore[attr-defined]
-        ctx.save_for_backward(*flat[: -ctx.n], *output)  # type: ignore[attr-defined]
-        ctx.save_for_forward(*flat[: -ctx.n], *output)  # type: ignore[attr-defined]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        ctx.family, ctx.transpose, ctx.n, *flat = inputs
+        ctx.save_for_backward(*flat[: -ctx.n], *output)
+        ctx.save_for_forward(*flat[: -ctx.n], *output)
 
     @staticmethod
     @untraced

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tritonimplicit_kernels import status
-from tritonimplicit_kernels.reference.dots import fold, row_sums
+from tritonimplicit_kernels.reference.dots import row_sums
 from tritonimplicit_kernels.reference.settle import settle
 from tritonimplicit_kernels.reference.tiles import column_tiles, row_groups
 
@@ -41,7 +41,7 @@ def cg_step(
     residual_sq: Tensor,
 ) -> None:
     """Advance each running system by one iteration, or stop it."""
-    rr_b, (pap, apap) = fold(rr), fold(dots)  # (B,) each
+    rr_b, (pap, apap) = rr.sum(-1), dots.sum(-1)  # (B,) each
     code = _next_code(rr_b, pap, apap, state, threshold, maxiter, torch.finfo(x.dtype).eps)
     advances = settle(code, rr_b, state, state_out, residual_sq)
     rr_out.zero_()

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from tritonimplicit_kernels.reference.tiles import column_tiles, row_groups
 
@@ -20,18 +19,7 @@ def row_sums(tiles: Iterable[Tensor]) -> Tensor:
 
     Every tile but the last must be whole chunks wide.
     """
-    sums = [part for terms in tiles for part in _chunk_sums(terms)]
-    return sums[0][..., 0] if len(sums) == 1 else fold(torch.cat(sums, -1))
-
-
-def fold(partials: Tensor) -> Tensor:
-    """Add up the last dimension of `partials` (..., P) float64, in an order that P fixes."""
-    count = partials.shape[-1]
-    if count == 1:
-        return partials[..., 0]
-    # torch adds fewer than a SIMD register's numbers in an order that depends on the other
-    # dimensions.
-    return pad(partials, (0, -count % 16)).sum(-1)
+    return torch.cat([part for terms in tiles for part in _chunk_sums(terms)], -1).sum(-1)
 
 
 def row_norms(v: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tritonimplicit_kernels import status
-from tritonimplicit_kernels.reference.dots import fold, row_sums
+from tritonimplicit_kernels.reference.dots import row_sums
 from tritonimplicit_kernels.reference.settle import settle
 from tritonimplicit_kernels.reference.tiles import column_tiles, row_groups
 
@@ -26,7 +26,7 @@ def neumann_step(
     residual_sq: Tensor,
 ) -> None:
     """Advance each running system by one iteration, or stop it."""
-    rr_b = fold(rr)  # (B,)
+    rr_b = rr.sum(-1)  # (B,)
     code = _next_code(rr_b, state, threshold, limit, maxiter)
     advances = settle(code, rr_b, state, state_out, residual_sq)
     rr_out.zero_()

@@ -240,6 +240,20 @@ def test_a_change_in_place_before_the_backward_pass_is_noticed():
         solution.sum().backward()
 
 
+def test_a_solver_that_works_on_its_initial_guess_in_place():
+    """Twice, with a backward pass after both: the first must not look at the guess any more."""
+    guess, lam = torch.zeros(2), torch.tensor(2.0, requires_grad=True)
+
+    @custom_root(lambda x, lam: lam * x - 1, argnums=1)
+    def solver(x, lam):
+        return x.copy_((1 / lam).expand(2))
+
+    first = solver(guess, lam)
+    second = solver(guess, lam)
+    (got,) = grad((first + second).sum(), lam)
+    torch.testing.assert_close(got, torch.tensor(-1.0))
+
+
 def test_no_gradient_asked_for_is_none_computed():
     def refuse(matvec, b):
         raise AssertionError("no solve is needed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import re
@@ -257,9 +258,7 @@ def test_parameters_reached_by_indirect_references(way, data, reg):
             elif way == "method":
                 self.predict = self.layer.forward
             elif way == "partial":
-                from functools import partial
-
-                self.predict = partial(nn.Linear.forward, self.layer)
+                self.predict = functools.partial(nn.Linear.forward, self.layer)
             else:
                 self.predict = lambda x: self.layer(x)
 
@@ -314,6 +313,8 @@ def test_a_second_solve_starts_where_the_first_ended(data, reg):
     twice.solve(*data, 10).solve(*data, steps=10)
     assert torch.equal(once.w, twice.w)
     assert twice.w.grad_fn is not None
+    twice.load_state_dict(Descent(reg).state_dict())  # or where it was put since
+    assert torch.equal(once.w, twice.solve(*data, 20).w)
 
 
 def test_parameters_can_be_detached_in_place(data, reg):
@@ -676,6 +677,14 @@ def test_parameters_that_are_meta_parameters_too():
     module = Module(nn.Linear(N, 1))
     with pytest.raises(RuntimeError, match=r"meta-parameters as well: net\.weight, net\.bias\."):
         module.solve(torch.zeros(1, N), torch.zeros(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_submodule_is_refused(data):
+    module = Affine(nn.Linear(N, 1, dtype=torch.float64))
+    module.net = torch.jit.script(module.net)
+    with pytest.raises(TypeError, match="scripted submodule"):
+        module.solve(*data)
 
 
 @pytest.mark.parametrize(

@@ -2,5 +2,6 @@
 
 from tritonimplicit.diff.implicit.decorator import custom_root
 from tritonimplicit.diff.implicit.fixed_point import custom_fixed_point
+from tritonimplicit.diff.implicit.nn.module import ImplicitMetaGradientModule
 
-__all__ = ["custom_fixed_point", "custom_root"]
+__all__ = ["ImplicitMetaGradientModule", "custom_fixed_point", "custom_root"]

@@ -10,23 +10,20 @@ from tritonimplicit.linear_solve.solve import LinearFamily, linear_solve, replac
 from tritonimplicit.operators import Jacobian, Tensors, pullback, pushforward
 
 
-def root_vjp(
-    family: LinearFamily, x: Tensors, args: Tensors, wrt: Sequence[int], cotangents: Tensors
-) -> tuple[Tensors, Jacobian]:
-    """Pull cotangents of the root x, fn(x, args) = 0, back into the args numbered by `wrt`.
+def root_vjp(family: LinearFamily, jacobian: Jacobian, cotangents: Tensors) -> Tensors:
+    """Pull cotangents of the root x, fn(x, args) = 0, back into the args that `jacobian` recorded.
 
-    With A = d fn / d x: A^T u = -cotangents, then (d fn / d args)^T u. One evaluation of fn and one
-    solve. Returns also the recorded Jacobian.
+    With A = d fn / d x: A^T u = -cotangents, then (d fn / d args)^T u. One solve, and no
+    evaluation of fn beyond the recording.
     """
-    jacobian = Jacobian(family.fn, x, args, wrt)
     u = family.solve(jacobian.T, _negated(cotangents))
-    return jacobian.vjp_args(u), jacobian
+    return jacobian.vjp_args(u)
 
 
 def differentiable_root_vjp(
     family: LinearFamily, x: Tensors, args: Tensors, wrt: Sequence[int], cotangents: Tensors
 ) -> Tensors:
-    """`root_vjp`, differentiable in x, args and cotangents, at every level of torch.func."""
+    """`root_vjp` into the args numbered by `wrt`, itself differentiable, under any transform."""
     u = linear_solve(family, x, args, _negated(cotangents), transpose=True)
     return pullback(_in_args(family, x, args, wrt), *(args[i] for i in wrt))(u)
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tritonimplicit.linear_solve.base import Solve
-from tritonimplicit.linear_solve.solve import Dims, LinearFamily, replace_at
+from tritonimplicit.linear_solve.solve import Dims, LinearFamily, MaybeTensors, replace_at
+from tritonimplicit.opaque import opaque_call
 from tritonimplicit.operators import Tensors
 from tritonimplicit.torch_internals import transforms_active
 
@@ -30,14 +31,21 @@ class RootProblem:
     def vmapped(self, dims: Dims) -> RootProblem:
         """Return the problem over a new leading dimension of the tensors whose dim is not None."""
         run = torch.vmap(self.run, in_dims=(dims,), randomness="different")
-        return RootProblem(self.call, self.family.vmapped(dims), run)
+        return RootProblem(self.call, self.family.vmapped(dims[self.call.init_count :]), run)
+
+    def trace(self, tensors: Tensors) -> Tensors:
+        """Put the solver into the graph that torch.compile is tracing."""
+        self.call.expect_solution_like_init()
+        n = self.call.solution_count
+        return opaque_call(lambda ts: self.run(tuple(ts))[0], lambda ts: ts[:n], tensors)
 
 
 class RootCall:
     """The arguments of a call as a flat list of leaves, and how to run solver and optimality on it.
 
-    `tensors` are the tensor leaves of all arguments; `differentiable` says for each of them whether
-    it belongs to an argument in argnums.
+    `tensors` are the tensor leaves of all arguments; the first `init_count` of them are those of
+    the initial guess, which no derivative needs. `differentiable` says for each of the others
+    whether it belongs to an argument in argnums.
     """
 
     def __init__(
@@ -55,10 +63,23 @@ class RootCall:
         self._where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.tensors: Tensors = tuple(leaves[i] for i in self._where)
         self._static = replace_at(leaves, self._where, [None] * len(self._where))
-        self.differentiable = self._mark(bound.args, argnums)
+        init: Any = bound.args[0] if bound.args else None
+        init_leaves, self._init_spec = optree.tree_flatten(init)
+        self._init_is_tensors = all(isinstance(leaf, Tensor) for leaf in init_leaves)
+        self.init_count = sum(isinstance(leaf, Tensor) for leaf in init_leaves)
+        self.differentiable = self._mark(bound.args, argnums)[self.init_count :]
         self.problem = RootProblem(self, LinearFamily(self._residual, solve), self._run)
         self.solution_count = 0
         self._aux: Any = None
+
+    def expect_solution_like_init(self) -> None:
+        """Take the initial guess for what the solution looks like, where the solver cannot run."""
+        if self._has_aux or not self.init_count or not self._init_is_tensors:
+            raise NotImplementedError(
+                f"{PREFIX} under torch.compile the initial guess must be a pytree of tensors that "
+                "looks like the solution, and has_aux is not possible."
+            )
+        self._solution_spec, self.solution_count = self._init_spec, self.init_count
 
     def result(self, outputs: Tensors) -> Any:
         """Return what the caller gets: the solution in its structure, and aux if there is one."""
@@ -67,7 +88,8 @@ class RootCall:
         if not self._has_aux:
             return tree
         if not transforms_active():
-            return tree, self._aux  # the very object that the solver returned
+            aux, self._aux = self._aux, None  # the very object, which the graph need not keep
+            return tree, aux
         leaves, spec = optree.tree_flatten(self._aux, none_is_leaf=True)
         where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         return tree, optree.tree_unflatten(spec, replace_at(leaves, where, outputs[n:]))
@@ -97,8 +119,8 @@ class RootCall:
         return tuple(leaves), tuple(leaf for leaf in aux if isinstance(leaf, Tensor))
 
     def _residual(self, x: Tensors, tensors: Tensors) -> Tensors:
-        """optimality_fn at x, on flat tensors."""
-        args, kwargs = self._rebuild(tensors)
+        """optimality_fn at x, on the flat tensors of all arguments but the initial guess."""
+        args, kwargs = self._rebuild((*(None,) * self.init_count, *tensors))
         tree = optree.tree_unflatten(self._solution_spec, x)
         leaves, spec = optree.tree_flatten(self._optimality_fn(tree, *args[1:], **kwargs))
         if spec != self._solution_spec:
@@ -117,7 +139,7 @@ class RootCall:
                 )
         return tuple(leaf.to(like.dtype) for leaf, like in zip(leaves, x, strict=True))
 
-    def _rebuild(self, tensors: Tensors) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _rebuild(self, tensors: MaybeTensors) -> tuple[tuple[Any, ...], dict[str, Any]]:
         leaves = replace_at(self._static, self._where, tensors)
         arguments: Any = optree.tree_unflatten(self._spec, leaves)
         args, kwargs = arguments

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from tritonimplicit.diff.implicit.adjoint import differentiable_root_vjp, root_jvp, root_vjp
 from tritonimplicit.diff.implicit.call import RootProblem
 from tritonimplicit.diff.implicit.closures import warn_of_hidden_leaves
 from tritonimplicit.linear_solve.solve import Dims, MaybeTensors, batch_first, replace_at
 from tritonimplicit.operators import Jacobian, Tensors
-from tritonimplicit.torch_internals import forward_rule, transforms_active, untraced
+from tritonimplicit.torch_internals import forward_rule, in_trace, transforms_active, untraced
 
 
 class Root(torch.autograd.Function):
@@ -26,6 +25,8 @@ class Root(torch.autograd.Function):
     @untraced
     def forward(problem: RootProblem, *tensors: Tensor) -> Tensors:
         """Run the solver; autograd has switched grad off."""
+        if in_trace():
+            return problem.trace(tensors)
         solution, aux = problem.run(tensors)
         problem.call.solution_count = len(solution)
         given = {t.untyped_storage().data_ptr() for t in tensors}
@@ -36,15 +37,15 @@ class Root(torch.autograd.Function):
         return (*separate, *(t.detach() for t in aux))
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensors) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         """Save through autograd, whose version counters notice a change in place."""
         problem, *tensors = inputs
         n = problem.call.solution_count
-        ctx.problem, ctx.n = problem, n  # type: ignore[attr-defined]
-        ctx.aux_count = len(output) - n  # type: ignore[attr-defined]
+        ctx.problem, ctx.n, ctx.aux_count = problem, n, len(output) - n
         ctx.mark_non_differentiable(*output[n:])
-        ctx.save_for_backward(*output[:n], *tensors)
-        ctx.save_for_forward(*output[:n], *tensors)
+        given = tensors[problem.call.init_count :]
+        ctx.save_for_backward(*output[:n], *given)
+        ctx.save_for_forward(*output[:n], *given)
 
     @staticmethod
     @untraced
@@ -52,20 +53,23 @@ class Root(torch.autograd.Function):
         """Solve A^T u = -cotangents and pull u back into the arguments."""
         problem, n, saved = ctx.problem, ctx.n, ctx.saved_tensors
         x, args, cotangents = saved[:n], saved[n:], cotangents[:n]
-        wanted = zip(ctx.needs_input_grad[1:], problem.call.differentiable, strict=True)
+        before = 1 + problem.call.init_count  # inputs without a gradient
+        wanted = zip(ctx.needs_input_grad[before:], problem.call.differentiable, strict=True)
         wrt = [i for i, (needed, named) in enumerate(wanted) if needed and named]
         grads: MaybeTensors = (None,) * len(args)
         if not wrt:
-            return (None, *grads)
+            return (*(None,) * before, *grads)
         family = problem.family
-        if torch.is_grad_enabled():  # create_graph=True, or torch.func
+        if in_trace() or transforms_active():
             pulled = differentiable_root_vjp(family, x, args, wrt, cotangents)
-            jacobian = None if transforms_active() else Jacobian(family.fn, x, args, wrt)
         else:
-            pulled, jacobian = root_vjp(family, x, args, wrt, cotangents)
-        if jacobian is not None:
+            jacobian = Jacobian(family.fn, x, args, wrt)
             warn_of_hidden_leaves(jacobian.outputs, jacobian.leaves)
-        return (None, *replace_at(grads, wrt, pulled))
+            if torch.is_grad_enabled():  # create_graph=True
+                pulled = differentiable_root_vjp(family, x, args, wrt, cotangents)
+            else:
+                pulled = root_vjp(family, jacobian, cotangents)
+        return (*(None,) * before, *replace_at(grads, wrt, pulled))
 
     @staticmethod
     @untraced
@@ -74,10 +78,10 @@ class Root(torch.autograd.Function):
         """Solve A dx = -(d optimality / d args) dargs."""
         problem, n = ctx.problem, ctx.n
         x, args = saved[:n], saved[n:]
-        named = problem.call.differentiable
-        wrt = [i for i, dot in enumerate(tangents) if dot is not None and named[i]]
+        named, dots = problem.call.differentiable, tangents[problem.call.init_count :]
+        wrt = [i for i, dot in enumerate(dots) if dot is not None and named[i]]
         if wrt:
-            dx = root_jvp(problem.family, x, args, wrt, [tangents[i] for i in wrt])  # type: ignore[misc]
+            dx = root_jvp(problem.family, x, args, wrt, [dots[i] for i in wrt])  # type: ignore[misc]
         else:
             dx = tuple(torch.zeros_like(t) for t in x)
         return (*dx, *(None,) * ctx.aux_count)
@@ -88,8 +92,11 @@ class Root(torch.autograd.Function):
         info: Any, in_dims: Dims, problem: RootProblem, *tensors: Tensor
     ) -> tuple[Tensors, Dims]:
         """Run the solver vmapped; its gradient is one batched solve."""
-        dims = tuple(None if dim is None else 0 for dim in in_dims[1:])
-        out: Tensors = Root.apply(  # type: ignore[no-untyped-call]
-            problem.vmapped(dims), *batch_first(tensors, in_dims[1:])
-        )
+        moved, dims = batch_first(tensors, in_dims[1:]), list(in_dims[1:])
+        if in_trace():  # the solution's shapes are read off the initial guess
+            for i in range(problem.call.init_count):
+                if dims[i] is None:
+                    moved[i], dims[i] = moved[i].expand(info.batch_size, *moved[i].shape), 0
+        vmapped = problem.vmapped(tuple(None if dim is None else 0 for dim in dims))
+        out: Tensors = Root.apply(vmapped, *moved)  # type: ignore[no-untyped-call]
         return out, (0,) * len(out)

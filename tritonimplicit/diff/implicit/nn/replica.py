@@ -38,6 +38,9 @@ class _Replication:
 
     def tree(self, tree: Any) -> Any:
         """Copy a pytree; one in which nothing changes is returned itself."""
+        # Shortcut for most of what a module holds: switches, and tables of hooks that are empty.
+        if isinstance(tree, (bool, int, float, str)) or (isinstance(tree, dict) and not tree):
+            return tree
         leaves, treespec = optree.tree_flatten(tree)
         copies = [self.value(leaf) for leaf in leaves]
         if all(copy is leaf for copy, leaf in zip(copies, leaves, strict=True)):

@@ -1,0 +1,79 @@
+"""The check of the compiled kernels can fail: on masked loads, on spills, on a missing loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is a dependency on Linux only")
+tl = triton.language
+
+from tools import kernels_check as check  # noqa: E402
+from tritonimplicit_kernels.triton import INTERPRETED  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    INTERPRETED, reason="compiles, which the interpreter's process can't"
+)
+# One of each assembly; the tool itself goes through all.
+# One of each assembly; the tool itself goes through all. With these options few registers are left.
+CUDA, HIP = check.TARGETS[1], check.TARGETS[3]
+FEW_REGISTERS = {CUDA: {"maxnreg": 24}, HIP: {"waves_per_eu": 8}}
+TARGETS = pytest.mark.parametrize("target", [CUDA, HIP], ids=["cuda", "hip"])
+
+
+@triton.jit(do_not_specialize=["n"])
+def _masked_kernel(x_ptr, sum_ptr, n, BLOCK: tl.constexpr):
+    """Masks by a length of unknown divisibility, so that loads cannot be wide."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        total += tl.load(x_ptr + offsets, mask=offsets < n, other=0.0)
+    tl.store(sum_ptr, tl.sum(total, axis=0))
+
+
+@triton.jit(do_not_specialize=["n16"])
+def _wide_kernel(x_ptr, sum_ptr, n16, BLOCK: tl.constexpr):
+    """Loads whole blocks."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n16 * 16, BLOCK):
+        total += tl.load(x_ptr + start + tl.arange(0, BLOCK))
+    tl.store(sum_ptr, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _loopless_kernel(x_ptr, sum_ptr, n16, BLOCK: tl.constexpr):
+    tl.store(sum_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, BLOCK)), axis=0))
+
+
+def faults(target: Any, kernel: Any, **options: int) -> str:
+    with check.compiling_only(target) as compiled:
+        kernel[(1,)](torch.zeros(16), torch.zeros(1), 100, **options)
+    (binary,) = compiled.values()
+    return "; ".join(check.report(target, binary).faults())
+
+
+@TARGETS
+def test_a_good_kernel_passes(target: Any) -> None:
+    assert faults(target, _wide_kernel, BLOCK=2048, num_warps=8) == ""
+
+
+@TARGETS
+def test_narrow_loads_are_found(target: Any) -> None:
+    assert "main-loop loads of widths" in faults(target, _masked_kernel, BLOCK=2048, num_warps=8)
+
+
+@TARGETS
+def test_spills_are_found(target: Any) -> None:
+    options = FEW_REGISTERS[target]
+    assert "spills" in faults(target, _wide_kernel, BLOCK=4096, num_warps=1, **options)
+
+
+@TARGETS
+def test_a_kernel_without_a_loop_is_found(target: Any) -> None:
+    assert "no main loop" in faults(target, _loopless_kernel, BLOCK=2048, num_warps=8)
+
+
+def test_all_kernels_are_known() -> None:
+    assert check.kernel_names() == {"_cg_dots_kernel", "_cg_step_kernel", "_neumann_step_kernel"}
