@@ -84,7 +84,7 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("frozen", [[], [0, 2]])
 @pytest.mark.parametrize("make", [cg, neumann])
-def test_what_a_step_allocates_is_tiles(make: type, frozen: list[int]) -> None:
+def test_what_a_step_allocates_is_tiles(make: type, frozen: list[int], threads: int) -> None:
     step = make(5, 2**19, torch.float32)
     step.state[0, frozen] = status.CONVERGED
     with Allocations(*(v for v in vars(step).values() if isinstance(v, Tensor))) as allocations:

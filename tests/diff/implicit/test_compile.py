@@ -104,10 +104,13 @@ def test_transforms_inside_the_graph(transform):
     close(compiled(X0), transform(lambda x: unrolled(START, W, U, x).pow(2).sum())(X0))
 
 
-def test_what_cannot_be_compiled_says_so():
-    no_guess = ti.compilable(ti.custom_root(lambda z, x: z - x, argnums=1)(lambda _, x: x + 0))
-    with pytest.raises(Exception, match="initial guess must be a pytree of tensors"):
-        torch.compile(lambda x: no_guess(1.0, x) * 2, backend="aot_eager", fullgraph=True)(X0)
-    other_shape = ti.compilable(ti.custom_root(lambda z, x: z - x, argnums=1)(lambda z, x: x + 0))
+def test_an_initial_guess_that_does_not_look_like_the_solution_is_noticed():
+    other = ti.compilable(ti.custom_root(lambda z, x: z - x, argnums=1)(lambda _, x: x + 0))
     with pytest.raises(RuntimeError, match="other shapes or dtypes than its initial guess"):
-        torch.compile(lambda x: other_shape(START, x) * 2, backend="aot_eager", fullgraph=True)(X0)
+        torch.compile(lambda x: other(START, x) * 2, backend="aot_eager", fullgraph=True)(X0)
+
+
+def test_without_an_initial_guess_of_tensors_there_is_an_error():
+    guessless = ti.compilable(ti.custom_root(lambda z, x: z - x, argnums=1)(lambda _, x: x + 0))
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        torch.compile(lambda x: guessless(1.0, x) * 2, backend="aot_eager", fullgraph=True)(X0)
