@@ -20,10 +20,7 @@ TRITON = [
     pytest.param(("triton", "cpu"), marks=pytest.mark.interpreter, id="interpreter"),
     pytest.param(("triton", "cuda"), marks=pytest.mark.gpu, id="gpu"),
 ]
-REFERENCE = [
-    pytest.param(("reference", "cpu"), id="reference"),
-    pytest.param(("reference", "cuda"), marks=pytest.mark.gpu, id="reference-gpu"),
-]
+REFERENCE = pytest.param(("reference", "cpu"), id="reference")
 
 
 def _target(request: pytest.FixtureRequest) -> Target:
@@ -31,7 +28,7 @@ def _target(request: pytest.FixtureRequest) -> Target:
     return Target(backend(name, device, torch.float32), device)
 
 
-@pytest.fixture(params=REFERENCE + TRITON)
+@pytest.fixture(params=[REFERENCE, *TRITON])
 def target(request: pytest.FixtureRequest) -> Target:
     """Every backend, where it runs."""
     return _target(request)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels.problems import DTYPES, F64, Step, Target, cg, neumann, randn
+from tests.kernels.problems import DTYPES, F64, Step, Target, cg, cg_oracle, neumann, randn
 from tritonimplicit_kernels import backend, partial_count, reference, row_norms, status
 from tritonimplicit_kernels.reference.tiles import tile_elements
 
@@ -109,6 +109,17 @@ def test_row_norms_hold_for_all_finite_float32_numbers() -> None:
     v[0], v[1, :4] = largest, smallest
     assert row_norms(v).tolist() == [4 * largest, 2 * smallest, 0]
     assert row_norms(v[:0]).shape == (0,)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_reference_runs_on_a_gpu(dtype: torch.dtype) -> None:
+    step = cg(3, 1000, dtype)
+    done = Target(reference, "cuda").run(step)
+    for name, close in cg_oracle(step).items():
+        close.check(done.rr_out.sum(1) if name == "rr_out" else getattr(done, name))
+    norms = row_norms(step.r.to("cuda")).cpu()
+    torch.testing.assert_close(norms, row_norms(step.r), rtol=1000**0.5 * 2.0**-52, atol=0)
 
 
 def test_one_partial_sum_a_row() -> None:
