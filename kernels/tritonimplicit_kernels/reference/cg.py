@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from tritonimplicit_kernels import status
-from tritonimplicit_kernels.reference.dots import row_sums
+from tritonimplicit_kernels.reference.dots import dots as chunk_dots
+from tritonimplicit_kernels.reference.dots import row_sums, squares
 from tritonimplicit_kernels.reference.settle import settle
 from tritonimplicit_kernels.reference.tiles import column_tiles, row_groups
 
@@ -15,15 +16,15 @@ def cg_dots(p: Tensor, ap: Tensor, state: Tensor, dots: Tensor) -> None:
     """Write p.Ap and Ap.Ap of each running system into `dots`, and zero for a frozen one."""
     dots.zero_()
     for rows in row_groups((state[0] < 0).tolist(), p.shape[1]):
-        dots[:, rows, 0] = row_sums(_products(*tile) for tile in column_tiles(p[rows], ap[rows]))
+        tiles = column_tiles(p[rows], ap[rows])
+        pap, apap = zip(*(_products(*tile) for tile in tiles), strict=True)
+        dots[0, rows, 0] = row_sums(pap)
+        dots[1, rows, 0] = row_sums(apap)
 
 
-def _products(p: Tensor, ap: Tensor) -> Tensor:
-    terms = torch.empty(2, *p.shape, dtype=torch.float64, device=p.device)
-    terms[1] = ap
-    torch.mul(p.double(), terms[1], out=terms[0])
-    terms[1].square_()
-    return terms
+def _products(p: Tensor, ap: Tensor) -> tuple[Tensor, Tensor]:
+    ap = ap.double()
+    return chunk_dots(p.double(), ap), squares(ap)
 
 
 def cg_step(
@@ -66,7 +67,7 @@ def _update(tile: tuple[Tensor, ...], alpha: Tensor, beta: Tensor) -> Tensor:
     x += scaled
     r -= torch.mul(ap, alpha, out=scaled)
     p.mul_(beta).add_(r)
-    return r.double().square()
+    return squares(r.double())
 
 
 def _next_code(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -14,12 +14,26 @@ from tritonimplicit_kernels.reference.tiles import column_tiles, row_groups
 _CHUNK = 16384
 
 
+def dots(a: Tensor, b: Tensor) -> Tensor:
+    """Return a.b of each chunk of the rows of float64 tiles: (R, W) -> (R, chunks)."""
+    return _by_chunk(lambda a, b: (a * b).sum(-1), a, b)
+
+
+def squares(a: Tensor) -> Tensor:
+    """Return a.a of each chunk of the rows of a float64 tile: (R, W) -> (R, chunks)."""
+    # The norm reads once what a product and its sum would read and write twice.
+    return _by_chunk(lambda a: torch.linalg.vector_norm(a, dim=-1).square_(), a)
+
+
 def row_sums(tiles: Iterable[Tensor]) -> Tensor:
-    """Add up rows that come as float64 tiles (..., W) along their columns. Returns (...,).
+    """Add up the chunks (R, chunks) of rows that come in tiles along their columns: (R,).
 
     Every tile but the last must be whole chunks wide.
     """
-    return torch.cat([part for terms in tiles for part in _chunk_sums(terms)], -1).sum(-1)
+    sums = list(tiles)
+    if len(sums) == 1 and sums[0].shape[1] == 1:
+        return sums[0][:, 0]
+    return torch.cat(sums, 1).sum(1)
 
 
 def row_norms(v: Tensor) -> Tensor:
@@ -30,15 +44,18 @@ def row_norms(v: Tensor) -> Tensor:
     if v.device.type != "cpu":
         norms: Tensor = torch.linalg.vector_norm(v, dim=1, dtype=torch.float64)
         return norms
-    squares = torch.empty(v.shape[0], dtype=torch.float64)
+    rr = torch.empty(v.shape[0], dtype=torch.float64)
     for rows in row_groups([True] * v.shape[0], v.shape[1]):
-        squares[rows] = row_sums(tile.double().square() for (tile,) in column_tiles(v[rows]))
-    return squares.sqrt_()
+        rr[rows] = row_sums(squares(tile.double()) for (tile,) in column_tiles(v[rows]))
+    return rr.sqrt_()
 
 
-def _chunk_sums(terms: Tensor) -> list[Tensor]:
-    whole = terms.shape[-1] // _CHUNK * _CHUNK
-    sums = [terms[..., :whole].unflatten(-1, (-1, _CHUNK)).sum(-1)] if whole else []
-    if whole < terms.shape[-1]:
-        sums.append(terms[..., whole:].sum(-1, keepdim=True))
-    return sums
+def _by_chunk(reduce: Callable[..., Tensor], *tiles: Tensor) -> Tensor:
+    width = tiles[0].shape[1]
+    whole = width // _CHUNK * _CHUNK
+    parts = []
+    if whole:
+        parts.append(reduce(*(tile[:, :whole].unflatten(1, (-1, _CHUNK)) for tile in tiles)))
+    if whole < width:
+        parts.append(reduce(*(tile[:, whole:] for tile in tiles))[:, None])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tritonimplicit_kernels import status
-from tritonimplicit_kernels.reference.dots import row_sums
+from tritonimplicit_kernels.reference.dots import row_sums, squares
 from tritonimplicit_kernels.reference.settle import settle
 from tritonimplicit_kernels.reference.tiles import column_tiles, row_groups
 
@@ -42,9 +42,9 @@ def neumann_step(
 def _update(tile: tuple[Tensor, ...], alpha: Tensor) -> Tensor:
     x, ax, b = tile
     residual = b - ax
-    squares = residual.double().square()
+    rr = squares(residual.double())
     x += residual.mul_(alpha)  # apart from the sum, for the reason given in cg.py
-    return squares
+    return rr
 
 
 def _next_code(rr: Tensor, state: Tensor, threshold: Tensor, limit: Tensor, maxiter: int) -> Tensor:
