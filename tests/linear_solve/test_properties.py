@@ -66,7 +66,7 @@ def asked(solver, norm, eps):
     return max(max(solver.rtol, eps) * norm, solver.atol)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=2000, deadline=None, derandomize=True)
 @given(problem=problems(), solver=solvers)
 def test_never_silently_wrong(problem, solver):
     matrix, b = problem
@@ -77,8 +77,10 @@ def test_never_silently_wrong(problem, solver):
     for i, status in enumerate(solution.status.tolist()):
         x = solution.value[i].double()
         if not (exact[i].isfinite().all() and b[i].isfinite().all()):
-            assert status == Status.NON_FINITE and x.isnan().all()
-            continue
+            # CG that may do no iteration looks at b alone.
+            unseen = isinstance(solver, CG) and solver.maxiter == 0
+            at_start = status == Status.MAX_ITERATIONS and b[i].isfinite().all()
+            assert status == Status.NON_FINITE or (unseen and at_start)
         if status == Status.NON_FINITE:
             assert x.isnan().all()
         if status != Status.CONVERGED:

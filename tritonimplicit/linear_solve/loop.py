@@ -138,7 +138,8 @@ def solve_and_verify(
         residual_norm = kernels.row_norms(residual)
         unfounded = claims & ~(residual_norm.square() <= progress.threshold)
         status.masked_fill_(unfounded, codes.STAGNATED)
-        status.masked_fill_(unfounded & ~residual_norm.isfinite(), codes.NON_FINITE)
+        judged = status < codes.BREAKDOWN
+        status.masked_fill_(judged & ~residual_norm.isfinite(), codes.NON_FINITE)
         again = unfounded & (residual_norm < 0.5 * before) & (iterations < limit)
         if solver.check_every == 0 or not bool(again.any()):
             break

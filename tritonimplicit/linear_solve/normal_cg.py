@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linear_solve.base import IterativeSolver
 from tritonimplicit.linear_solve.cg import conjugate_gradient
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit.operators import Matvec, transpose
 from tritonimplicit.vectors import Layout
+from tritonimplicit_kernels import status as codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,14 +22,22 @@ class NormalCG(IterativeSolver):
     """Conjugate gradient on (A^T A + ridge I) x = A^T b: two matvecs an iteration, any square A.
 
     Tolerances and residuals are those of the normal equations; their condition number is A's
-    squared. The transpose is the matvec's own `.T`, or recorded from it by autograd.
+    squared. A^T b = 0 for a b that is not zero is a BREAKDOWN. The transpose is the matvec's own
+    `.T`, or recorded from it by autograd.
     """
 
     def _solve_rows(self, matvec: Matvec, b: TensorTree, layout: Layout) -> RowSolution:
         rmatvec = transpose(matvec, like=b)
         apply = RowMatvec(lambda v: rmatvec(matvec(v)), layout, self._ridge_rows(layout))
         rhs = layout.gather(rmatvec(b), layout.zeros, "the result of the transposed matvec")
-        return conjugate_gradient(self, apply, rhs)
+        rows = conjugate_gradient(self, apply, rhs)
+        # Where A^T b is zero, or too small for its digits, zero solves the normal equations and
+        # says nothing of A x = b: A is singular, or the products underflow.
+        smallest = torch.finfo(layout.dtype).tiny * layout.n
+        given = kernels.row_norms(layout.gather(b, layout.zeros, "b")) > 0
+        vanished = given & (kernels.row_norms(rhs) <= smallest)
+        rows.status.masked_fill_(vanished & (rows.status == codes.CONVERGED), codes.BREAKDOWN)
+        return rows
 
 
 def solve_normal_cg(
