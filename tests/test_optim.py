@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tritonimplicit import SGD, apply_updates, module_clone, sgd
+from tritonimplicit.nn import ImplicitMetaGradientModule
 
 
 def make_params() -> dict[str, torch.Tensor]:
@@ -168,6 +169,52 @@ def test_module_clone_of_a_pytree_and_a_device():
     moved = module_clone(make_module(), by="deepcopy", device="meta")
     assert {t.device.type for t in moved.state_dict().values()} == {"meta"}
     assert module_clone(tree, device="meta")["a"].device.type == "meta"
+
+
+class Scaled(ImplicitMetaGradientModule):
+    """Minimises |w - scale|^2; `net` is a meta-module with a buffer."""
+
+    def __init__(self, scale: torch.Tensor, net: nn.Module) -> None:
+        super().__init__()
+        self.scale, self.net = scale, net
+        self.w = nn.Parameter(torch.zeros(2))
+
+    def objective(self) -> torch.Tensor:
+        return (self.w - self.scale).square().sum()
+
+    def solve(self) -> Scaled:
+        self.w.copy_(self.scale)
+        return self
+
+
+@pytest.mark.parametrize("by", ["reference", "copy", "deepcopy"])
+@pytest.mark.parametrize("solved", [False, True])
+def test_module_clone_of_an_implicit_module(by, solved):
+    scale = torch.ones(2, requires_grad=True)
+    module = Scaled(scale, nn.BatchNorm1d(1))
+    if solved:
+        module.solve()
+    w = module.w
+    clone = module_clone(nn.Sequential(module), by=by)[0]
+    assert module.w is w
+    pairs = zip(
+        (clone.scale, *clone.net.parameters(), *clone.net.buffers()),
+        (scale, *module.net.parameters(), *module.net.buffers()),
+        strict=True,
+    )
+    for new, old in pairs:
+        assert torch.equal(new, old)
+        assert (new is old) == (by == "reference")
+        assert (new.grad_fn is not None) == (by == "copy" and old.requires_grad)
+    assert torch.equal(clone.w, w)
+    assert (clone.w.grad_fn is not None) == (by == "copy" or (by == "reference" and solved))
+    if solved and by != "deepcopy":
+        (gradient,) = torch.autograd.grad(clone.w.sum(), scale)
+        torch.testing.assert_close(gradient, torch.ones(2))
+    inputs = (clone.scale,) if by == "deepcopy" else (clone.scale, scale)
+    for gradient in torch.autograd.grad(clone.solve().w.sum(), inputs):
+        torch.testing.assert_close(gradient, torch.ones(2))
+    assert module.w is w
 
 
 def test_module_clone_misuse():

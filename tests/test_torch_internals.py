@@ -1,7 +1,9 @@
 """What each private part of PyTorch is used for: a new version that changes one fails here."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from torch.autograd import forward_ad
@@ -12,6 +14,8 @@ from tritonimplicit.torch_internals import (
     transforms_active,
     untraced,
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_transforms_are_noticed():
@@ -42,7 +46,10 @@ def test_untraced_functions_break_the_graph_and_need_no_compiler_at_import():
     compiled = torch.compile(lambda x: inner(x * 2) * 3, backend=backend)
     assert compiled(torch.ones(1)).item() == 9 and len(graphs) == 2
     script = "import sys, tritonimplicit; assert 'torch._dynamo' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True)
+    path = os.pathsep.join(str(ROOT / source) for source in (".", "kernels"))
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": path}
+    )
 
 
 def test_the_forward_rule_nests_and_sees_primal_values():

@@ -40,11 +40,16 @@ def compilable(solver: F) -> F:
     The initial guess must be a pytree of tensors of the solution's structure, shapes and dtypes;
     `has_aux` is not possible. A `.backward()` inside the compiled region needs
     `torch._dynamo.config.trace_autograd_ops = True`, and one *through* it a second time is not
-    possible (pytorch#91469).
+    possible (pytorch#91469). Raises RuntimeError with torch older than 2.13.
     """
-    import torch._dynamo  # takes a second: only for those who compile
+    if torch.torch_version.TorchVersion(torch.__version__) < "2.13":
+        raise RuntimeError(
+            f"compilable needs torch 2.13 or newer, not {torch.__version__}, whose compiler cannot "
+            "take such a function into its graph; without it torch.compile breaks the graph there."
+        )
+    from torch._dynamo import nonstrict_trace  # takes a second: only for those who compile
 
-    return torch._dynamo.nonstrict_trace(solver)  # type: ignore[return-value]
+    return nonstrict_trace(solver)  # type: ignore[return-value]
 
 
 def _run(handle: int, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
@@ -141,8 +141,9 @@ def module_clone(
     """Return a copy of a module or of a pytree of tensors; `by` says how its tensors are made.
 
     "reference": the same tensors; "copy": clones with a graph to the originals; "deepcopy":
-    detached clones that require grad where the originals do. `detach_buffers` makes detached clones
-    of a module's buffers, whatever `by` is. `device` is where the copy's tensors go.
+    detached clones that require grad where the originals do. The meta-parameters of a module count
+    among its tensors. `detach_buffers` makes detached clones of a module's buffers, whatever `by`
+    is. `device` is where the copy's tensors go.
 
     Raises:
         TypeError: a leaf of `target` that is no tensor.
@@ -167,11 +168,25 @@ def module_clone(
 
     if not isinstance(target, nn.Module):
         return optree.tree_map(replica, target)  # type: ignore[arg-type, return-value]
-    tensors: dict[int, Any] = {id(p): replica(p) for p in target.parameters()}
     buffer_mode: CopyMode = "deepcopy" if detach_buffers else by
-    tensors.update({id(b): replica(b, buffer_mode) for b in target.buffers()})
+    tensors: dict[int, Any] = {}
+    for module in _with_meta_modules(target):
+        tensors.update({id(p): replica(p) for p in module.parameters()})
+        tensors.update({id(b): replica(b, buffer_mode) for b in module.buffers()})
     # deepcopy takes what its memo holds for the copy of that object: here, the replicas.
     return copy.deepcopy(target, tensors)
+
+
+def _with_meta_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Iterate over a module and what it and its submodules keep apart from their submodules.
+
+    That is what torch's own walks do not see, such as the meta-parameters of an implicit module.
+    """
+    yield module
+    for owner in module.modules():
+        for apart in vars(owner).values():
+            if isinstance(apart, nn.Module):
+                yield from _with_meta_modules(apart)
 
 
 def _is_parameter(tensor: Tensor) -> bool:

@@ -33,6 +33,31 @@ def is_transformed(tensor: Tensor) -> bool:
     return wrapped
 
 
+def is_legacy_batched(tensor: Tensor) -> bool:
+    """Whether the old vmap of torch.autograd (is_grads_batched=True) has wrapped the tensor."""
+    batched: bool = torch._C._functorch.is_legacy_batchedtensor(tensor)
+    return batched
+
+
+def forward_ad_active() -> bool:
+    """Whether a level of forward-mode AD is open."""
+    level: int = torch.autograd.forward_ad._current_level
+    return level >= 0
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode AD differentiates in the tensor, at the level that is open."""
+    if not (forward_ad_active() and tensor.is_floating_point()):
+        return False
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def has_derivative(tensor: Tensor) -> bool:
+    """Whether anything is being differentiated, or vmapped, in the tensor."""
+    recorded = tensor.requires_grad and torch.is_grad_enabled()
+    return recorded or is_transformed(tensor) or has_tangent(tensor)
+
+
 def in_trace() -> bool:
     """Whether AOTAutograd is tracing, below Dynamo: tensors have shapes and no values."""
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()

@@ -86,7 +86,9 @@ class _LinearSolve(torch.autograd.Function):
     def forward(family: LinearFamily, transpose: bool, n: int, *flat: Tensor) -> Tensors:
         def solve(flat: Sequence[Tensor]) -> Tensors:
             jacobian = Jacobian(family.fn, tuple(flat[:n]), tuple(flat[n:-n]))
-            return family.solve(jacobian.T if transpose else jacobian, tuple(flat[-n:]))
+            u = family.solve(jacobian.T if transpose else jacobian, tuple(flat[-n:]))
+            # A solver may return b itself, which autograd takes for an input, not for an output.
+            return tuple(t.clone() if any(t is b for b in flat[-n:]) else t for t in u)
 
         return opaque_call(solve, lambda flat: flat[-n:], flat) if in_trace() else solve(flat)
 

@@ -292,6 +292,8 @@ def test_solvers_of_the_same_form_are_accepted_and_held_to_it():
 
     (got,) = grad(root(lambda matvec, b: b).sum(), a)
     assert got.tolist() == [1, 1]
+    (got,) = grad(root(lambda matvec, b: b).sum(), a, create_graph=True)
+    assert got.tolist() == [1, 1]
     with pytest.raises(TypeError, match="must return a tuple of 1 tensors"):
         grad(root(lambda matvec, b: b[0]).sum(), a)
     with pytest.raises(ValueError, match="must return tensors like b's"):

@@ -498,15 +498,37 @@ def test_state_dict_holds_parameters_and_no_meta_parameters(data, reg):
     assert torch.equal(other.w, module.w)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_have_parameters_and_meta_parameters_of_their_own(duplicate, data, reg):
+DUPLICATES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES.values(), ids=DUPLICATES.keys())
+@pytest.mark.parametrize("solved", [False, True])
+def test_copies_have_parameters_and_meta_parameters_of_their_own(duplicate, solved, data, reg):
     module = Ridge(reg)
+    if solved:
+        module.solve(*data)
+    before = module.w.detach().clone()
     other = duplicate(module)
     assert other.reg is not reg
     assert [name for name, _ in other.named_meta_parameters()] == ["reg"]
-    (gradient,) = torch.autograd.grad(outer(other.solve(*data).w), other.reg)
-    assert_exact(gradient, expected_gradient(*data, reg), data[0], reg)
-    assert not module.w.any()
+    assert isinstance(other.w, nn.Parameter)
+    assert torch.equal(other.w, before)
+    x, y = data
+    (gradient,) = torch.autograd.grad(outer(other.solve(x, 2 * y).w), other.reg)
+    assert_exact(gradient, expected_gradient(x, 2 * y, reg), x, reg)
+    assert torch.equal(module.w, before)
+    if solved:
+        (gradient,) = torch.autograd.grad(outer(module.w), reg)
+        assert_exact(gradient, expected_gradient(x, y, reg), x, reg)
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES.values(), ids=DUPLICATES.keys())
+def test_an_optimiser_of_a_solved_module_is_copied_with_it(duplicate, data):
+    module = Affine(nn.Linear(N, 1, dtype=torch.float64))
+    module.optimizer = SGD(module.parameters(), lr=0.1)
+    other = duplicate(nn.Sequential(module.solve(*data)))[0]
+    (group,) = other.optimizer.param_groups
+    assert all(p is q for p, q in zip(group["params"], other.parameters(), strict=True))
 
 
 # --- what is meta ---------------------------------------------------------------------------------

@@ -211,6 +211,14 @@ def test_a_transformed_tensor_in_the_closure_is_an_error():
         torch.func.grad(through_a_closure)(X0)
 
 
+def test_the_old_vmap_of_autograd_is_refused():
+    x = X0.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"old vmap .* use torch\.func\.jacrev"):
+        grad(root(x), x, torch.eye(6, dtype=DOUBLE), is_grads_batched=True)
+    with pytest.raises(RuntimeError, match="old vmap"):
+        torch.autograd.functional.jacobian(root, X0, vectorize=True)
+
+
 def test_an_objective_whose_gradient_is_the_optimality():
     a, y = torch.randn(20, 5, dtype=DOUBLE), torch.randn(20, dtype=DOUBLE)
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import optree
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from tritonimplicit.torch_internals import is_transformed
+from tritonimplicit.diff.implicit.pytrees import tree_leaves
+from tritonimplicit.torch_internals import has_tangent, is_transformed, transforms_active
+
+_FUNCTIONS = (types.FunctionType, functools.partial)
 
 
 def hidden_leaves(outputs: Iterable[Tensor], given: Iterable[Tensor]) -> list[Tensor]:
@@ -32,7 +38,15 @@ def hidden_leaves(outputs: Iterable[Tensor], given: Iterable[Tensor]) -> list[Te
 
 def warn_of_hidden_leaves(outputs: Iterable[Tensor], given: Iterable[Tensor]) -> None:
     """Warn if the optimality reaches parameters through a closure: they get no gradient."""
-    hidden = hidden_leaves(outputs, given)
+    _warn_of(hidden_leaves(outputs, given))
+
+
+def warn_of_closure(fn: Callable[..., Any]) -> None:
+    """The same where no named argument requires grad, so that no backward pass would tell."""
+    _warn_of([tensor for tensor in held_by(fn) if tensor.requires_grad])
+
+
+def _warn_of(hidden: list[Tensor]) -> None:
     if hidden:
         shapes = ", ".join(str(tuple(t.shape)) for t in hidden[:5])
         warnings.warn(
@@ -41,33 +55,77 @@ def warn_of_hidden_leaves(outputs: Iterable[Tensor], given: Iterable[Tensor]) ->
             "gradient. Pass them as an argument and name it in argnums (a module's parameters "
             "through torch.func.functional_call), or detach them.",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
-def closed_over(fn: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Tensors in the closure of a function, and in those of the functions that it closes over."""
-    seen = set() if seen is None else seen
-    if id(fn) in seen:
-        return
-    seen.add(id(fn))
-    if isinstance(fn, functools.partial):
-        contents: Any = [fn.func, *fn.args, *fn.keywords.values()]
-    else:
-        contents = [cell.cell_contents for cell in getattr(fn, "__closure__", None) or ()]
-    leaves: list[Any] = optree.tree_leaves(contents)
-    for leaf in leaves:
+def closed_over(fn: Any) -> Iterator[Tensor]:
+    """Tensors in the closure of a function, and in those of the functions that it closes over.
+
+    Those of modules are not among them: functional_call may give it others.
+    """
+    return _walk(fn, _FUNCTIONS, set()) if isinstance(fn, _FUNCTIONS) else iter(())
+
+
+def held_by(thing: Any) -> Iterator[Tensor]:
+    """Tensors that an object which is no pytree visibly holds: closure, attributes, parameters."""
+    return _walk(thing, (*_FUNCTIONS, types.MethodType, nn.Module), set())
+
+
+def _walk(thing: Any, kinds: tuple[type, ...], seen: set[int]) -> Iterator[Tensor]:
+    seen.add(id(thing))
+    for leaf in tree_leaves(_contents(thing)):
         if isinstance(leaf, Tensor):
             yield leaf
-        elif callable(leaf):
-            yield from closed_over(leaf, seen)
+        elif id(leaf) not in seen and (isinstance(leaf, kinds) or dataclasses.is_dataclass(leaf)):
+            yield from _walk(leaf, kinds, seen)
+
+
+def _contents(thing: Any) -> list[Any]:
+    if isinstance(thing, (bool, int, float, str, type, types.NoneType)):
+        return []
+    if isinstance(thing, nn.Module):
+        return list(thing.parameters())
+    if isinstance(thing, types.MethodType):
+        return _contents(thing.__self__)
+    if isinstance(thing, functools.partial):
+        return [thing.func, thing.args, thing.keywords]
+    if isinstance(thing, types.FunctionType):
+        contents = []
+        for cell in thing.__closure__ or ():
+            with contextlib.suppress(ValueError):  # a cell that is still empty
+                contents.append(cell.cell_contents)
+        return contents
+    names = {**getattr(thing, "__dict__", {}), **getattr(thing, "__dataclass_fields__", {})}
+    return [getattr(thing, name, None) for name in names]
+
+
+class HiddenTransforms(TorchFunctionMode):
+    """Raises RuntimeError for an operation on a tensor that a torch.func transform works on.
+
+    A solver runs below all transforms, on the plain values of its arguments; what it reaches in
+    another way, such as the parameters of a module inside functional_call, gets no gradient.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # In a transform of the solver's own nothing tells its tensors from those outside.
+        if not transforms_active():
+            leaves = tree_leaves((args, kwargs))
+            if any(isinstance(leaf, Tensor) and is_transformed(leaf) for leaf in leaves):
+                raise RuntimeError(
+                    "solver_fn uses a tensor that is none of its arguments and that a torch.func "
+                    "transform (grad, jvp, vmap, ...) is working on: it would silently get no "
+                    "gradient. Pass it as an argument; name it in argnums if it is to get one (a "
+                    "module's parameters as a dict, for torch.func.functional_call)."
+                )
+        return func(*args, **(kwargs or {}))
 
 
 def refuse_transformed_closure(fn: Callable[..., Any]) -> None:
-    """Raise RuntimeError if a torch.func transform would lose a gradient through fn's closure."""
-    if any(is_transformed(tensor) for tensor in closed_over(fn)):
+    """Raise RuntimeError if a transform or forward AD would lose the gradient of a closure."""
+    if any(is_transformed(tensor) or has_tangent(tensor) for tensor in closed_over(fn)):
         raise RuntimeError(
-            "optimality_fn closes over a tensor that a torch.func transform (grad, jvp, vmap, ...) "
-            "is working on, which would silently get no gradient: pass it as an argument and name "
-            "it in argnums."
+            "optimality_fn closes over a tensor that forward-mode AD or a torch.func transform "
+            "(grad, jvp, vmap, ...) is working on, which would silently get no gradient: pass it "
+            "as an argument and name it in argnums."
         )

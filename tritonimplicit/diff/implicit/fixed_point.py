@@ -6,18 +6,20 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import optree
 from torch import Tensor
 
 from tritonimplicit.diff.implicit.decorator import SolverFn, custom_root
+from tritonimplicit.diff.implicit.pytrees import tree_map, tree_structure
 from tritonimplicit.linear_solve.base import Solve
 
 
 def custom_fixed_point(
     fixed_point_fn: Callable[..., Any],
-    argnums: int | Sequence[int],
+    argnums: int | Sequence[int] | None = None,
     has_aux: bool = False,
     solve: Solve | None = None,
+    *,
+    argnames: str | Sequence[str] | None = None,
 ) -> Callable[[SolverFn], SolverFn]:
     """Decorate `solver_fn(init, *args) -> z`, which finds z with z = fixed_point_fn(z, *args).
 
@@ -30,15 +32,15 @@ def custom_fixed_point(
     @functools.wraps(fixed_point_fn)
     def residual(z: Any, *args: Any, **kwargs: Any) -> Any:
         image = fixed_point_fn(z, *args, **kwargs)
-        structure, expected = optree.tree_structure(image), optree.tree_structure(z)
+        structure, expected = tree_structure(image), tree_structure(z)
         if structure != expected:
             raise TypeError(
                 f"fixed_point_fn returned the structure {structure}; it must return that of the "
                 f"solution, {expected}."
             )
-        return optree.tree_map(_difference, z, image)
+        return tree_map(_difference, z, image)
 
-    return custom_root(residual, argnums, has_aux, solve)
+    return custom_root(residual, argnums, has_aux, solve, argnames=argnames)
 
 
 def _difference(z: Tensor, image: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,21 @@ from torch import Tensor
 from tritonimplicit.diff.implicit.adjoint import differentiable_root_vjp, root_jvp, root_vjp
 from tritonimplicit.diff.implicit.call import RootProblem
 from tritonimplicit.diff.implicit.closures import warn_of_hidden_leaves
-from tritonimplicit.linear_solve.solve import Dims, MaybeTensors, batch_first, replace_at
+from tritonimplicit.linear_solve.solve import (
+    Dims,
+    LinearFamily,
+    MaybeTensors,
+    batch_first,
+    replace_at,
+)
 from tritonimplicit.operators import Jacobian, Tensors
-from tritonimplicit.torch_internals import forward_rule, in_trace, transforms_active, untraced
+from tritonimplicit.torch_internals import (
+    forward_rule,
+    in_trace,
+    is_legacy_batched,
+    transforms_active,
+    untraced,
+)
 
 
 class Root(torch.autograd.Function):
@@ -43,7 +56,7 @@ class Root(torch.autograd.Function):
         n = problem.call.solution_count
         ctx.problem, ctx.n, ctx.aux_count = problem, n, len(output) - n
         ctx.mark_non_differentiable(*output[n:])
-        given = tensors[problem.call.init_count :]
+        given = tensors[problem.call.arguments.init_count :]
         ctx.save_for_backward(*output[:n], *given)
         ctx.save_for_forward(*output[:n], *given)
 
@@ -52,24 +65,22 @@ class Root(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         """Solve A^T u = -cotangents and pull u back into the arguments."""
         problem, n, saved = ctx.problem, ctx.n, ctx.saved_tensors
-        x, args, cotangents = saved[:n], saved[n:], cotangents[:n]
-        before = 1 + problem.call.init_count  # inputs without a gradient
-        wanted = zip(ctx.needs_input_grad[before:], problem.call.differentiable, strict=True)
-        wrt = [i for i, (needed, named) in enumerate(wanted) if needed and named]
+        call, x, args, cotangents = problem.call, saved[:n], saved[n:], cotangents[:n]
+        before = 1 + call.arguments.init_count  # inputs without a gradient
+        named = call.arguments.differentiable
+        needed = ctx.needs_input_grad[before:]
+        wrt = [i for i in range(len(args)) if needed[i] and named[i]]
         grads: MaybeTensors = (None,) * len(args)
-        if not wrt:
-            return (*(None,) * before, *grads)
-        family = problem.family
-        if in_trace() or transforms_active():
-            pulled = differentiable_root_vjp(family, x, args, wrt, cotangents)
-        else:
-            jacobian = Jacobian(family.fn, x, args, wrt)
-            warn_of_hidden_leaves(jacobian.outputs, jacobian.leaves)
-            if torch.is_grad_enabled():  # create_graph=True
-                pulled = differentiable_root_vjp(family, x, args, wrt, cotangents)
-            else:
-                pulled = root_vjp(family, jacobian, cotangents)
-        return (*(None,) * before, *replace_at(grads, wrt, pulled))
+        if any(map(is_legacy_batched, cotangents)):
+            raise RuntimeError(
+                "is_grads_batched=True, and vectorize=True in torch.autograd.functional, batch a "
+                "backward pass by an old vmap that a custom Function has no rule for: use "
+                "torch.func.jacrev, or torch.func.vmap over torch.func.vjp."
+            )
+        if wrt:
+            with call.autocast.off():
+                grads = replace_at(grads, wrt, _pulled(problem.family, x, args, wrt, cotangents))
+        return (*(None,) * before, *grads)
 
     @staticmethod
     @untraced
@@ -77,11 +88,12 @@ class Root(torch.autograd.Function):
     def jvp(ctx: Any, saved: Tensors, _: None, *tangents: Tensor | None) -> MaybeTensors:
         """Solve A dx = -(d optimality / d args) dargs."""
         problem, n = ctx.problem, ctx.n
-        x, args = saved[:n], saved[n:]
-        named, dots = problem.call.differentiable, tangents[problem.call.init_count :]
+        call, x, args = problem.call, saved[:n], saved[n:]
+        named, dots = call.arguments.differentiable, tangents[call.arguments.init_count :]
         wrt = [i for i, dot in enumerate(dots) if dot is not None and named[i]]
         if wrt:
-            dx = root_jvp(problem.family, x, args, wrt, [dots[i] for i in wrt])  # type: ignore[misc]
+            with call.autocast.off():
+                dx = root_jvp(problem.family, x, args, wrt, [dots[i] for i in wrt])  # type: ignore[misc]
         else:
             dx = tuple(torch.zeros_like(t) for t in x)
         return (*dx, *(None,) * ctx.aux_count)
@@ -94,9 +106,22 @@ class Root(torch.autograd.Function):
         """Run the solver vmapped; its gradient is one batched solve."""
         moved, dims = batch_first(tensors, in_dims[1:]), list(in_dims[1:])
         if in_trace():  # the solution's shapes are read off the initial guess
-            for i in range(problem.call.init_count):
+            for i in range(problem.call.arguments.init_count):
                 if dims[i] is None:
                     moved[i], dims[i] = moved[i].expand(info.batch_size, *moved[i].shape), 0
         vmapped = problem.vmapped(tuple(None if dim is None else 0 for dim in dims))
         out: Tensors = Root.apply(vmapped, *moved)  # type: ignore[no-untyped-call]
         return out, (0,) * len(out)
+
+
+def _pulled(
+    family: LinearFamily, x: Tensors, args: Tensors, wrt: Sequence[int], cotangents: Tensors
+) -> Tensors:
+    """Return the cotangents of the args numbered by `wrt`, differentiable if that is asked for."""
+    if in_trace() or transforms_active():
+        return differentiable_root_vjp(family, x, args, wrt, cotangents)
+    jacobian = Jacobian(family.fn, x, args, wrt)
+    warn_of_hidden_leaves(jacobian.outputs, jacobian.leaves)
+    if torch.is_grad_enabled():  # create_graph=True
+        return differentiable_root_vjp(family, x, args, wrt, cotangents)
+    return root_vjp(family, jacobian, cotangents)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from tritonimplicit.diff.implicit.decorator import custom_root
 from tritonimplicit.diff.implicit.nn.meta import MetaGradientModule
 from tritonimplicit.diff.implicit.nn.replica import replicate
+from tritonimplicit.diff.implicit.nn.solved import SolvedModule
 from tritonimplicit.linear_solve.base import Solve
 
 Tensors: TypeAlias = "tuple[Tensor, ...]"
 M = TypeVar("M", bound="ImplicitMetaGradientModule")
 
 
-class ImplicitMetaGradientModule(MetaGradientModule, abc.ABC):
+class ImplicitMetaGradientModule(SolvedModule, abc.ABC):
     """A module whose parameters solve an inner problem that its meta-parameters determine.
 
     A subclass has `solve`, which brings the parameters to the solution in whatever way, and either
@@ -41,9 +42,11 @@ class ImplicitMetaGradientModule(MetaGradientModule, abc.ABC):
     grad; frozen ones are constants. `solve` may be called again: it starts from the values reached
     and does not touch the graph of the solve before. Under `torch.no_grad()` it only solves.
 
-    The optimality is evaluated on copies of the module as `solve` left it, which share its buffers
-    and frozen parameters; attributes that it sets are not seen outside. It must reach parameters
-    through `self`. No gradient flows into the arguments of `solve`.
+    The optimality is evaluated on copies of the module as `solve` left it, with buffers of their
+    own; attributes that it sets are not seen outside. It must reach parameters through `self`. A
+    frozen parameter changed in place before the backward pass is autograd's version error; a tensor
+    that is a mere attribute is shared too, and unchecked. No gradient flows into the arguments of
+    `solve`. A copy of a solved module, by deepcopy or pickle, has the solution's values in leaves.
 
     Raises, when a subclass is made: TypeError for a subclass with neither `optimality` nor
     `objective`, or with one that is not a method.
@@ -98,33 +101,6 @@ class ImplicitMetaGradientModule(MetaGradientModule, abc.ABC):
     def objective(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the 0-dim tensor that the parameters minimise; called with `solve`'s arguments."""
         raise NotImplementedError
-
-    def _apply(self: M, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> M:
-        # Torch converts leaves in place; a solution is replaced, so that its graph goes on.
-        issued = [
-            (solution, leaf) for solution, leaf in self._take_back() if solution.grad_fn is not None
-        ]
-        super()._apply(fn, recurse)
-        with torch.enable_grad():
-            self._issue((fn(solution), leaf) for solution, leaf in issued)
-        return self
-
-    def _issue(self, solved: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Put solutions in the place of the leaves that the solver worked on."""
-        pairs = vars(self)["_issued"] = tuple(solved)
-        _exchange(self, {id(leaf): solution for solution, leaf in pairs})
-
-    def _take_back(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Put the leaves back, with the solutions' values in memory of their own.
-
-        They are the tensors that an optimiser made before the first solve knows.
-        """
-        issued: tuple[tuple[Tensor, Tensor], ...] = vars(self).pop("_issued", ())
-        for solution, leaf in issued:
-            leaf.grad = None
-            leaf.data = solution.detach().clone()
-        _exchange(self, {id(solution): leaf for solution, leaf in issued})
-        return issued
 
 
 def make_optimality_from_objective(cls: type[M]) -> type[M]:
@@ -181,7 +157,7 @@ def enable_implicit_gradients(cls: type[M]) -> type[M]:
         handover: list[Any] = [self]
 
         def solver(
-            _: Tensors, __: Tensors, snapshot: _Snapshot, /, *args: Any, **kwargs: Any
+            _: Tensors, __: Tensors, ___: Tensors, snapshot: _Snapshot, /, *args: Any, **kwargs: Any
         ) -> Any:
             module: M = handover.pop()
             handover.append(run(module, *args, **kwargs))
@@ -190,7 +166,8 @@ def enable_implicit_gradients(cls: type[M]) -> type[M]:
             return tuple(p.detach().clone() for p in _named(module, names))
 
         implicit = custom_root(_residual, argnums=1, solve=type(self).linear_solve)(solver)
-        solution = implicit((), meta, _Snapshot(), *args, **kwargs)
+        frozen = tuple(p for name, p in self.named_parameters() if name not in names)
+        solution = implicit((), meta, frozen, _Snapshot(), *args, **kwargs)
         self._issue(zip(solution, _named(self, names), strict=True))
         return handover.pop()
 
@@ -209,14 +186,24 @@ class _Snapshot:
     module: ImplicitMetaGradientModule
 
     def take(self, module: ImplicitMetaGradientModule, names: tuple[str, ...]) -> None:
-        self.module = replicate(module, lambda t: t.detach() if t.grad_fn is not None else t)
+        # Buffers change from one solve to the next, and when the optimality is evaluated.
+        tensors = {id(b): b.detach().clone() for b in _buffers(module)}
+
+        def own(tensor: Tensor) -> Tensor:
+            shared = tensor.detach() if tensor.grad_fn is not None else tensor
+            return tensors.get(id(tensor), shared)
+
+        self.module = replicate(module, own)
         vars(self.module)["_solved_for"] = names
 
 
 def _residual(
-    params: Tensors, meta: Tensors, snapshot: _Snapshot, /, *args: Any, **kwargs: Any
+    params: Tensors, meta: Tensors, _: Tensors, snapshot: _Snapshot, /, *args: Any, **kwargs: Any
 ) -> Tensors:
-    """Return the optimality of the module with these parameters and meta-parameters."""
+    """Return the optimality of the module with these parameters and meta-parameters.
+
+    The frozen parameters are the module's own: they are given so that autograd checks for changes.
+    """
     names, old_meta = _variables(snapshot.module)
     old = (*_named(snapshot.module, names), *old_meta)
     module = _with_tensors(snapshot.module, old, (*params, *meta))
@@ -269,19 +256,19 @@ def _variables(module: ImplicitMetaGradientModule) -> tuple[tuple[str, ...], Ten
     return tuple(names), meta
 
 
+def _buffers(module: nn.Module) -> Iterator[Tensor]:
+    """Iterate over the buffers of a module and of what is meta to it."""
+    yield from module.buffers()
+    for owner in module.modules():
+        if isinstance(owner, MetaGradientModule):
+            yield from _buffers(owner._meta)
+
+
 def _named(module: nn.Module, names: tuple[str, ...]) -> Tensors:
     named = dict(module.named_parameters())
     if missing := [name for name in names if name not in named]:
         raise RuntimeError(f"solve() removed parameters of the module: {', '.join(missing)}.")
     return tuple(named[name] for name in names)
-
-
-def _exchange(module: nn.Module, tensors: dict[int, Tensor]) -> None:
-    """Put tensors in the place of the parameters with these ids, wherever they occur."""
-    for owner in module.modules():
-        for name, param in owner._parameters.items():
-            if param is not None and id(param) in tensors:
-                owner._parameters[name] = tensors[id(param)]  # type: ignore[assignment]
 
 
 def _is_base(cls: type, name: str) -> bool:
