@@ -1,4 +1,4 @@
-# Every target makes .venv when there is none, or when pyproject.toml or constraints.txt have changed.
+# Each target but test-gpu and clean makes .venv when there is none, or when pyproject.toml or constraints.txt have changed.
 # PYTHON: the interpreter that .venv is made from. DEMO_ARGS: options of the demo, e.g. DEMO_ARGS=--quick.
 
 PYTHON ?= python3

@@ -1,20 +1,12 @@
-"""Which backends a test of the kernels runs on.
-
-Triton decides at import whether it interprets, so that tests in its interpreter need a process of
-their own, with TRITON_INTERPRET=1; those on a GPU one without.
-"""
+"""Which backends a test of the kernels runs on."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 
 from tests.kernels.problems import Target
 from tritonimplicit_kernels import backend
-
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 
 TRITON = [
     pytest.param(("triton", "cpu"), marks=pytest.mark.interpreter, id="interpreter"),
@@ -38,10 +30,3 @@ def target(request: pytest.FixtureRequest) -> Target:
 def triton_target(request: pytest.FixtureRequest) -> Target:
     """The Triton kernels, where they run."""
     return _target(request)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    unwanted = "gpu" if INTERPRETS else "interpreter"
-    deselected = [item for item in items if item.get_closest_marker(unwanted)]
-    config.hook.pytest_deselected(items=deselected)
-    items[:] = [item for item in items if item not in deselected]

@@ -49,7 +49,7 @@ def _loopless_kernel(x_ptr, sum_ptr, n16, BLOCK: tl.constexpr):
 
 def faults(target: Any, kernel: Any, **options: int) -> str:
     with check.compiling_only(target) as compiled:
-        kernel[(1,)](torch.zeros(16), torch.zeros(1), 100, **options)
+        kernel[(1,)](torch.zeros(16), torch.zeros(1), 100, enable_fp_fusion=False, **options)
     (binary,) = compiled.values()
     return "; ".join(check.report(target, binary).faults())
 

@@ -15,16 +15,6 @@ SOLVERS = [
 ]
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=pytest.mark.interpreter),
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ]
-)
-def device(request):
-    return torch.device(request.param)
-
-
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_batched_pytree_is_solved_as_by_the_reference(solver, dtype, device):
