@@ -76,3 +76,24 @@ def test_the_transpose_of_a_plain_matvec_is_recorded_from_it():
 def test_a_matvec_without_a_transpose_is_an_error():
     with pytest.raises(RuntimeError, match="no transpose"):
         transpose(lambda v: v.detach(), like=torch.zeros(2))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_are_differentiable_in_their_vector(point, transposed):
+    """Solvers of others take the transpose of a matvec by torch.func.vjp, or its jacfwd."""
+    fn, x, args = point
+    jacobian = Jacobian(fn, x, args)
+    matrix = dense(fn, x, args)
+    matrix, product = (matrix.T, jacobian.T) if transposed else (matrix, jacobian)
+    v = (torch.randn(3, dtype=DOUBLE), torch.randn(2, dtype=DOUBLE))
+    (back,) = torch.func.vjp(product, v)[1](v)
+    torch.testing.assert_close(torch.cat(back), matrix.T @ torch.cat(v))
+    _, pushed = torch.func.jvp(product, (x,), (v,))
+    torch.testing.assert_close(torch.cat(pushed), matrix @ torch.cat(v))
+    many = tuple(torch.stack([t, 2 * t]) for t in v)
+    rows = torch.cat(torch.func.vmap(product)(many), 1)
+    torch.testing.assert_close(rows, torch.cat(many, 1) @ matrix.T)
+    leaf = tuple(t.clone().requires_grad_() for t in v)
+    grads = torch.autograd.grad(sum(t.square().sum() for t in product(leaf)), leaf)
+    torch.testing.assert_close(torch.cat(grads), 2 * matrix.T @ (matrix @ torch.cat(v)))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import optree
 import torch
 from torch import Tensor
 
 from tritonimplicit.diagnostics import TensorTree
+from tritonimplicit.torch_internals import forward_rule, transforms_active
 from tritonimplicit.vectors import Layout
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 Matvec: TypeAlias = Callable[[TensorTree], TensorTree]
+Product: TypeAlias = Callable[[Tensors], Tensors]
 ResidualFn: TypeAlias = Callable[[Tensors, Tensors], Tensors]
 """fn(x, args) -> residual, with as many residual tensors as x has, of the same shapes."""
 
@@ -39,6 +41,9 @@ class Jacobian:
     forward product replays the graph of its transpose (a vjp of a vjp, which needs `fn` to be twice
     differentiable by reverse mode), recorded at the first use. `wrt` numbers the tensors of `args`
     whose `vjp_args` will be asked for, from the same evaluation.
+
+    Both products are differentiable in their vector, by autograd and under torch.func transforms:
+    solvers that are not ours get the transpose or the matrix that way.
     """
 
     def __init__(self, fn: ResidualFn, x: Tensors, args: Tensors = (), wrt: Sequence[int] = ()):
@@ -61,13 +66,7 @@ class Jacobian:
 
     def __call__(self, v: Tensors) -> Tensors:
         """A v: a replayed vjp of the vjp."""
-        if self._transposed is None:
-            with torch.enable_grad():
-                cotangents = tuple(torch.zeros_like(y, requires_grad=True) for y in self._y)
-                pulled = _vjp(self._y, self._x, cotangents, create_graph=True)
-            self._transposed = (pulled, cotangents)
-        pulled, cotangents = self._transposed
-        return _vjp(pulled, cotangents, v)
+        return _differentiable(self._push, self._pull, v)
 
     @property
     def T(self) -> Transpose:
@@ -76,11 +75,23 @@ class Jacobian:
 
     def vjp(self, u: Tensors) -> Tensors:
         """A^T u: a replayed vjp into x."""
-        return _vjp(self._y, self._x, u)
+        return _differentiable(self._pull, self._push, u)
 
     def vjp_args(self, u: Tensors) -> Tensors:
         """(d fn / d args)^T u for the args numbered by `wrt`."""
         return _vjp(self._y, tuple(self._args[i] for i in self._wrt), u)
+
+    def _pull(self, u: Tensors) -> Tensors:
+        return _vjp(self._y, self._x, u)
+
+    def _push(self, v: Tensors) -> Tensors:
+        if self._transposed is None:
+            with torch.enable_grad():
+                cotangents = tuple(torch.zeros_like(y, requires_grad=True) for y in self._y)
+                pulled = _vjp(self._y, self._x, cotangents, create_graph=True)
+            self._transposed = (pulled, cotangents)
+        pulled, cotangents = self._transposed
+        return _vjp(pulled, cotangents, v)
 
 
 class Transpose:
@@ -142,6 +153,58 @@ def pushforward(
     zeros = tuple(torch.zeros_like(t) for t in y)
     pushed: tuple[Tensors] = torch.func.vjp(pull, zeros)[1](tuple(tangents))
     return pushed[0]
+
+
+def _differentiable(product: Product, transposed: Product, v: Tensors) -> Tensors:
+    """Return product(v), connected to v where a graph or a transform wants that."""
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in v)
+    if not (recorded or transforms_active()):
+        return product(v)
+    av: Tensors = _Product.apply(product, transposed, *v)  # type: ignore[no-untyped-call]
+    return av
+
+
+class _Product(torch.autograd.Function):
+    """v -> A v, by a replay, whose result autograd would take for a constant.
+
+    The map is linear: its derivatives are products with A and its transpose.
+    """
+
+    @staticmethod
+    def forward(product: Product, transposed: Product, *v: Tensor) -> Tensors:
+        return product(v)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        ctx.product, ctx.transposed, *v = inputs
+        ctx.save_for_forward(*v)
+
+    @staticmethod
+    def backward(ctx: Any, *u: Tensor) -> tuple[Any, ...]:
+        return None, None, *_differentiable(ctx.transposed, ctx.product, u)
+
+    @staticmethod
+    @forward_rule
+    def jvp(ctx: Any, v: Tensors, _: None, __: None, *tangents: Tensor | None) -> Tensors:
+        moved = zip(tangents, v, strict=True)
+        dots = tuple(torch.zeros_like(t) if dot is None else dot for dot, t in moved)
+        return _differentiable(ctx.product, ctx.transposed, dots)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        product: Product,
+        transposed: Product,
+        *v: Tensor,
+    ) -> tuple[Tensors, tuple[int, ...]]:
+        moved = zip(v, in_dims[2:], strict=True)
+        rows = tuple(
+            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in moved
+        )
+        av = _differentiable(torch.vmap(product), torch.vmap(transposed), rows)
+        return av, (0,) * len(av)
 
 
 def _vjp(y: Tensors, x: Tensors, u: Sequence[Tensor], create_graph: bool = False) -> Tensors:
