@@ -50,7 +50,8 @@ _ADVICE = {
         "use float64, loosen rtol/atol, or add a ridge"
     ),
     Status.BREAKDOWN: (
-        "met a singular (or nearly singular) matrix: add a ridge, or use another solver; "
+        "met a singular (or nearly singular) matrix, or numbers so small that their products "
+        "vanish: add a ridge, scale the problem, or use another solver; "
         "the value is the last good iterate (NaN from a dense solve)"
     ),
     Status.INDEFINITE: (

@@ -132,7 +132,7 @@ class Layout:
 
     def _fill(self, rows: Tensor, leaves: list[Tensor]) -> Tensor:
         for leaf, start, size in zip(leaves, self.starts, self.sizes, strict=True):
-            rows[:, start : start + size].view(leaf.shape).copy_(leaf)
+            rows[:, start : start + size].view(leaf.shape).copy_(leaf.detach())
         return rows
 
 

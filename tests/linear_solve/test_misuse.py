@@ -123,9 +123,19 @@ def test_a_direct_call_is_not_silently_cut_off_from_autograd():
             solver(lambda v: v, torch.ones(3, requires_grad=True))
         with torch.no_grad():
             solver(lambda v: v * scale, torch.ones(3))
-    for solver in (CG(), Neumann(), Dense()):
         with pytest.raises(RuntimeError, match="custom_root"):
             solver(lambda v: v * scale, torch.ones(3))
+
+
+def test_a_matvec_that_works_in_place_is_noticed():
+    for solver in (CG(), Neumann(), Dense()):
+        with pytest.raises(RuntimeError, match="in place"):
+            solver(lambda v: v.mul_(2), torch.ones(32))
+
+
+def test_an_initial_guess_that_requires_grad_is_taken_as_its_values():
+    guess = torch.ones(3, requires_grad=True)
+    assert CG(init=guess)(lambda v: 2 * v, torch.ones(3)).tolist() == [0.5] * 3
 
 
 def test_a_forced_backend_is_never_replaced_in_silence():

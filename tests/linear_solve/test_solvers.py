@@ -310,6 +310,23 @@ def test_huge_and_tiny_right_hand_sides_in_fp32(scale):
     torch.testing.assert_close(scaled.value / scale, plain.value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("solver", [CG(), NormalCG(), Neumann(rtol=1e-5)], ids=str)
+def test_float64_numbers_whose_squares_vanish_are_not_called_converged(solver):
+    solution = solver.solve(lambda v: v, torch.full((3,), 1e-165, dtype=DOUBLE))
+    assert solution.status == Status.BREAKDOWN
+
+
+def test_the_residual_of_a_stagnated_system_is_the_true_one():
+    """Also where another system restarts, and then nothing claims convergence any more."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        matrix = torch.stack([spd(30, cond, dtype=torch.float32) for cond in (1e4, 1e5, 1e6)])
+        b = torch.randn(3, 30)
+        solution = CG(rtol=1e-7, maxiter=150, batch_ndim=1).solve(bmv(matrix), b)
+        stagnated = solution.status == Status.STAGNATED
+        assert (solution.residual_norm[stagnated] > 1e-7 * b.norm(dim=1)[stagnated]).all()
+
+
 def test_no_tolerance_ends_at_rounding_and_without_nan_or_warning():
     matrix, b = spd(6, dtype=torch.float32), torch.randn(6)
     x = CG(rtol=0.0, atol=0.0, maxiter=200)(bmv(matrix), b)

@@ -13,6 +13,9 @@ from tritonimplicit.linear_solve.base import IterativeSolver
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit_kernels import status as codes
 
+_SMALLEST = 1e-140
+"""Below this, squares of float64 numbers lose their digits, and no residual can be judged."""
+
 
 class Progress:
     """What the launches read and write of B systems besides their vectors, on the device.
@@ -77,7 +80,7 @@ class Poll:
         flag = torch.empty((), dtype=torch.bool, pin_memory=True)
         flag.copy_(any_running, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(any_running.device))
         before, self._pending = self._pending, (flag, event)
         if before is None:
             return True
@@ -131,7 +134,8 @@ def solve_and_verify(
         progress.settle()
         status, iterations = progress.state
         claims = status == codes.CONVERGED
-        if not always and solver.check_every != 0 and not bool(claims.any()):
+        refuted = status == codes.STAGNATED
+        if not (always or solver.check_every == 0 or bool((claims | refuted).any())):
             residual_norm = progress.residual_sq.sqrt()
             break
         before, residual = residual_norm, apply.residual(recurrence.x, recurrence.b)
@@ -147,4 +151,8 @@ def solve_and_verify(
         recurrence.restart(rows, residual)
         progress.restart(rows, residual_norm)
         remaining = limit - int(iterations[rows].min())
+    if recurrence.b.dtype is torch.float64:
+        largest = torch.linalg.vector_norm(recurrence.b, math.inf, dim=1)
+        vanishing = (largest > 0) & (largest < _SMALLEST)
+        status.masked_fill_(vanishing & (status == codes.CONVERGED), codes.BREAKDOWN)
     return RowSolution(recurrence.x, status, iterations, residual_norm)

@@ -11,7 +11,7 @@ import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linear_solve.base import IterativeSolver
 from tritonimplicit.linear_solve.cg import conjugate_gradient
-from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
+from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution, refuse_gradient
 from tritonimplicit.operators import Matvec, transpose
 from tritonimplicit.vectors import Layout
 from tritonimplicit_kernels import status as codes
@@ -28,7 +28,11 @@ class NormalCG(IterativeSolver):
 
     def _solve_rows(self, matvec: Matvec, b: TensorTree, layout: Layout) -> RowSolution:
         rmatvec = transpose(matvec, like=b)
-        apply = RowMatvec(lambda v: rmatvec(matvec(v)), layout, self._ridge_rows(layout))
+
+        def normal(v: TensorTree) -> TensorTree:
+            return rmatvec(refuse_gradient(matvec(v)))
+
+        apply = RowMatvec(normal, layout, self._ridge_rows(layout))
         rhs = layout.gather(rmatvec(b), layout.zeros, "the result of the transposed matvec")
         rows = conjugate_gradient(self, apply, rhs)
         # Where A^T b is zero, or too small for its digits, zero solves the normal equations and

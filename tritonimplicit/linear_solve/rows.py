@@ -8,6 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
+from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.operators import Matvec
 from tritonimplicit.vectors import Layout
 
@@ -36,12 +37,12 @@ class RowMatvec:
 
     def __call__(self, v: Tensor) -> Tensor:
         """A v + ridge v."""
-        result = self._matvec(self.layout.unflatten(v))
-        if any(isinstance(t, Tensor) and t.requires_grad for t in optree.tree_leaves(result)):
+        version = None if v.is_inference() else v._version
+        result = refuse_gradient(self._matvec(self.layout.unflatten(v)))
+        if version is not None and v._version != version:
             raise RuntimeError(
-                "the matvec's result requires grad, but a solver called directly is not "
-                "differentiated: call it under torch.no_grad(), or detach what the matvec closes "
-                "over; custom_root gives gradients through a solution."
+                "the matvec changed its argument in place, which is the solver's own vector: "
+                "return a new tensor."
             )
         rows = self.layout.gather(result, self._buffer, "the result of the matvec")
         if isinstance(self._ridge, Tensor):
@@ -62,6 +63,17 @@ class RowMatvec:
         if self._out is None:
             self._out = self.layout.zeros()
         return self._out
+
+
+def refuse_gradient(result: TensorTree) -> TensorTree:
+    """Return a matvec's result, or raise RuntimeError if autograd would lose a gradient by it."""
+    if any(isinstance(t, Tensor) and t.requires_grad for t in optree.tree_leaves(result)):
+        raise RuntimeError(
+            "the matvec's result requires grad, but a solver called directly is not "
+            "differentiated: call it under torch.no_grad(), or detach what the matvec closes "
+            "over; custom_root gives gradients through a solution."
+        )
+    return result
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

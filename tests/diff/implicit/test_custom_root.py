@@ -254,6 +254,14 @@ def test_a_solver_that_works_on_its_initial_guess_in_place():
     torch.testing.assert_close(got, torch.tensor(-1.0))
 
 
+def test_a_solver_that_overwrites_what_the_optimality_depends_on_is_an_error():
+    meta = torch.ones(2, requires_grad=True)
+    solver = custom_root(lambda x, meta: x - 0.5 * meta, argnums=1)(lambda x, meta: x.mul_(0.5))
+    with pytest.raises(RuntimeError, match=PREFIX + ".*in place"):
+        solver(meta, meta)
+    assert solver(meta.detach().clone(), meta).tolist() == [0.25, 0.25]  # meta is now 0.5
+
+
 def test_no_gradient_asked_for_is_none_computed():
     def refuse(matvec, b):
         raise AssertionError("no solve is needed")

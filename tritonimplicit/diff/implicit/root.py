@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonimplicit.diff.implicit.adjoint import differentiable_root_vjp, root_jvp, root_vjp
+from tritonimplicit.diff.implicit.arguments import PREFIX
 from tritonimplicit.diff.implicit.call import RootProblem
 from tritonimplicit.diff.implicit.closures import warn_of_hidden_leaves
 from tritonimplicit.linear_solve.solve import (
@@ -40,7 +41,15 @@ class Root(torch.autograd.Function):
         """Run the solver; autograd has switched grad off."""
         if in_trace():
             return problem.trace(tensors)
+        fixed = [t for t in tensors[problem.call.arguments.init_count :] if not t.is_inference()]
+        versions = [t._version for t in fixed]
         solution, aux = problem.run(tensors)
+        if [t._version for t in fixed] != versions:
+            raise RuntimeError(
+                f"{PREFIX} the solver changed an argument in place that the optimality depends on, "
+                "so that its solution is not that of the arguments it was given. If the initial "
+                "guess is also such an argument, pass a clone of it."
+            )
         problem.call.solution_count = len(solution)
         given = {t.untyped_storage().data_ptr() for t in tensors}
         # An output that shares memory with an input would change with it, unseen by autograd.
