@@ -7,15 +7,17 @@ DEMO_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
-PIP_INSTALL := $(RUN) -m pip install --disable-pip-version-check -e '.[dev]' -c constraints.txt
+INTEGRATION := $(VENV)/integration-installed
+PIP_INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 TOO_OLD := "Python 3.10 or newer is needed: make PYTHON=python3.12, for one"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint kernels-check clean
+.PHONY: help demo test integration test-gpu lint kernels-check clean
 
 help:
 	@echo 'make demo           train a deep equilibrium model on handwritten digits (DEMO_ARGS=--quick: shorter)'
 	@echo 'make test           the tests, then those of the Triton kernels in the interpreter'
+	@echo 'make integration    the tests beside TorchOpt, which it installs too (Python 3.10 to 3.12)'
 	@echo 'make test-gpu       the tests that need a GPU, by $$(PYTHON) as it is: nothing is installed'
 	@echo 'make lint           style, types, and the layers of the packages'
 	@echo 'make kernels-check  compile every kernel for each supported GPU and judge the code'
@@ -25,7 +27,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and $(TOO_OLD))'
 	@echo 'installing into $(VENV) (the first time takes minutes, longer where torch brings CUDA along)'
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP_INSTALL) -q || { echo 'that failed; once more, with all that pip says:'; $(PIP_INSTALL); }
+	@$(PIP_INSTALL) -q -e '.[dev]' || { echo 'that failed; once more, with all that pip says:'; $(PIP_INSTALL) -e '.[dev]'; }
+	@touch $@
+
+$(INTEGRATION): $(INSTALLED)
+	$(PIP_INSTALL) -q -e '.[integration]'
 	@touch $@
 
 demo: $(INSTALLED)
@@ -35,6 +41,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(RUN) -m pytest
 	TRITON_INTERPRET=1 $(RUN) -m pytest -m interpreter
+
+# The directory is named because pytest leaves it out by itself; without TorchOpt its tests are errors.
+integration: $(INTEGRATION)
+	$(RUN) -m pytest tests/integration
 
 test-gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu
