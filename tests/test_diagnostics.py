@@ -1,4 +1,4 @@
-"""What a solve says of itself."""
+"""What a solve says of itself, and what follows from it."""
 
 import warnings
 
@@ -6,7 +6,10 @@ import pytest
 import torch
 
 import tritonimplicit as ti
-from tritonimplicit.diagnostics import warn_of_failures
+from tritonimplicit.diagnostics import report_failures, statuses_in
+from tritonimplicit.linear_solve import CG
+
+INDEFINITE, MAXITER = ti.Status.INDEFINITE, ti.Status.MAX_ITERATIONS
 
 
 def solution(*status):
@@ -16,7 +19,12 @@ def solution(*status):
         status=torch.tensor(status, dtype=torch.int32),
         iterations=torch.zeros(count, dtype=torch.int32),
         residual_norm=torch.arange(count, dtype=torch.float64),
+        solver="CG",
     )
+
+
+def report(solved, expected=frozenset(), on_failure="warn"):
+    report_failures(solved, statuses_in(solved.status), expected, on_failure)
 
 
 def test_converged_is_zero_and_every_status_has_advice():
@@ -24,15 +32,45 @@ def test_converged_is_zero_and_every_status_has_advice():
     assert len({status.advice for status in ti.Status}) == len(ti.Status)
 
 
+def test_the_statuses_that_occur():
+    assert statuses_in(solution(0, INDEFINITE, 0).status) == {ti.Status.CONVERGED, INDEFINITE}
+    assert statuses_in(torch.tensor(MAXITER, dtype=torch.int32)) == {MAXITER}
+
+
 def test_one_warning_for_each_status_that_is_not_expected():
-    failed = solution(ti.Status.INDEFINITE, 0, ti.Status.INDEFINITE, ti.Status.MAX_ITERATIONS)
-    with pytest.warns(ti.ConvergenceWarning) as caught:
-        warn_of_failures(failed, "CG", frozenset({ti.Status.MAX_ITERATIONS}))
-    (warning,) = caught
-    assert "CG: 2 of 4 systems" in str(warning.message) and "2.0e+00" in str(warning.message)
+    failed = solution(INDEFINITE, 0, INDEFINITE, MAXITER)
+    with pytest.warns(ti.ConvergenceWarning, match="^CG: some of 4 systems found") as caught:
+        report(failed, frozenset({MAXITER}))
+    assert len(caught) == 1
 
 
-def test_no_warning_where_all_is_well():
+def test_the_same_failure_is_shown_once_by_pythons_default_filter():
+    matrix = torch.tensor([1.0, -1.0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for scale in (1.0, 2.0, 3.0):
+            CG()(lambda v, scale=scale: scale * matrix * v, torch.ones(2))
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_an_error_counts_and_carries_the_solution():
+    failed = solution(INDEFINITE, 0, INDEFINITE, MAXITER)
+    with pytest.raises(ti.ConvergenceError, match=r"1 of 4 .* 3\.0e\+00.*; 2 of 4 ") as caught:
+        report(failed, on_failure="raise")
+    assert caught.value.solution is failed
+
+
+def test_nothing_is_said_where_all_is_well_or_ignored():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_failures(solution(0, 0), "CG", frozenset())
+        report(solution(0, 0))
+        report(solution(0, MAXITER), frozenset({MAXITER}), on_failure="raise")
+        CG(on_failure="ignore")(lambda v: torch.tensor([1.0, -1.0]) * v, torch.ones(2))
+
+
+def test_on_failure_is_a_field():
+    with pytest.raises(ti.ConvergenceError, match="indefinite"):
+        CG(on_failure="raise")(lambda v: torch.tensor([1.0, -2.0]) * v, torch.ones(2))
+    with pytest.raises(ValueError, match="'warn', 'raise', 'ignore'"):
+        CG(on_failure="shout")

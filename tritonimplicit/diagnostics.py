@@ -1,12 +1,15 @@
-"""What a linear solve reports of itself: a status a system, and the warnings that follow."""
+"""What a linear solve reports of itself: a status a system, and the warnings or errors that follow."""
 
 from __future__ import annotations
 
 import enum
+import os
+import sys
 import warnings
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
+import torch
 from torch import Tensor
 
 from tritonimplicit_kernels import status as codes
@@ -78,34 +81,81 @@ class Solution:
     `iterations` (int32) and `residual_norm` (float64, the Euclidean norm of the residual of the
     equation that was solved, ridge included; of the normal equations for normal CG) have the
     batch's shape, 0-dim without a batch. They describe the solve in its working precision; `value`
-    is then rounded to b's dtype.
+    is then rounded to b's dtype. `solver` names the method that was used: what `Auto` picked.
+
+    `history`, inside `record_solves` and from an iterative solver, is (iterations + 1, *batch)
+    float64: the recurrence's residual norms, from that of the initial guess on; a system that has
+    stopped keeps its last.
     """
 
     value: TensorTree
     status: Tensor
     iterations: Tensor
     residual_norm: Tensor
+    solver: str
+    history: Tensor | None = None
 
 
 class ConvergenceWarning(UserWarning):
     """A linear solve did not do what was asked of it; the message says what and what to do."""
 
 
-def warn_of_failures(solution: Solution, solver: str, expected: frozenset[Status]) -> None:
-    """Warn once for each status in `solution` that is neither CONVERGED nor `expected`."""
-    if not bool((solution.status != Status.CONVERGED).any()):
+class ConvergenceError(RuntimeError):
+    """The same as an error, where a solver has `on_failure="raise"`; `solution` is what it got."""
+
+    def __init__(self, message: str, solution: Solution):
+        super().__init__(message)
+        self.solution = solution
+
+
+ON_FAILURE: Final = ("warn", "raise", "ignore")
+
+
+def statuses_in(status: Tensor) -> frozenset[Status]:
+    """The statuses that occur in `status`; the host reads the device once."""
+    codes_of_all = torch.tensor(list(Status), dtype=status.dtype).to(status.device, non_blocking=True)
+    present = (status.flatten() == codes_of_all[:, None]).any(1).tolist()
+    return frozenset(code for code, occurs in zip(Status, present, strict=True) if occurs)
+
+
+def report_failures(
+    solution: Solution, present: frozenset[Status], expected: frozenset[Status], on_failure: str
+) -> None:
+    """Warn of, or raise for, what is neither CONVERGED nor `expected` among the statuses `present`.
+
+    One warning a status, whose text depends on the solver, the status and the number of systems
+    alone, so that Python's default filter shows it once. Raises ConvergenceError.
+    """
+    failures = sorted(present - expected - {Status.CONVERGED})
+    if not failures:
         return
-    total = solution.status.numel()
-    for code in solution.status.unique().tolist():
-        status = Status(code)
-        if status is Status.CONVERGED or status in expected:
-            continue
-        failed = solution.status == code
-        worst = float(solution.residual_norm[failed].max())
-        which = f"{int(failed.sum())} of {total} systems" if total > 1 else "the system"
+    if on_failure == "raise":
+        described = [_describe(solution, status, counted=True) for status in failures]
+        raise ConvergenceError(f"{solution.solver}: {'; '.join(described)}.", solution)
+    for status in failures:
         warnings.warn(
-            f"{solver}: {which} {status.advice} (residual norm {worst:.1e}). "
-            "`solver.solve(matvec, b)` returns the status of every system.",
+            f"{solution.solver}: {_describe(solution, status, counted=False)}. "
+            "`solver.solve(matvec, b)`, or tritonimplicit.record_solves() around a backward pass, "
+            "tells the status and the residual of every system.",
             ConvergenceWarning,
-            stacklevel=3,
+            stacklevel=_callers_level(),
         )
+
+
+def _callers_level() -> int:
+    """The `stacklevel` of the innermost caller outside of this library."""
+    home, level = os.path.dirname(__file__), 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(home):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _describe(solution: Solution, status: Status, counted: bool) -> str:
+    total = solution.status.numel()
+    failed = solution.status == status
+    some = f"{int(failed.sum())}" if counted else "some"
+    which = f"{some} of {total} systems" if total > 1 else "the system"
+    if not counted:
+        return f"{which} {status.advice}"
+    return f"{which} {status.advice} (residual norm {float(solution.residual_norm[failed].max()):.1e})"

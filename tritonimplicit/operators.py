@@ -16,6 +16,8 @@ from tritonimplicit.vectors import Layout
 Tensors: TypeAlias = tuple[Tensor, ...]
 Matvec: TypeAlias = Callable[[TensorTree], TensorTree]
 Product: TypeAlias = Callable[[Tensors], Tensors]
+Solve: TypeAlias = Callable[..., Any]
+"""What solves A x = b: (matvec, b) -> x. Ours, TorchOpt's, or any function of that form."""
 ResidualFn: TypeAlias = Callable[[Tensors, Tensors], Tensors]
 """fn(x, args) -> residual, with as many residual tensors as x has, of the same shapes."""
 
@@ -43,10 +45,19 @@ class Jacobian:
     whose `vjp_args` will be asked for, from the same evaluation.
 
     Both products are differentiable in their vector, by autograd and under torch.func transforms:
-    solvers that are not ours get the transpose or the matrix that way.
+    solvers that are not ours get the transpose or the matrix that way. Where the Jacobian is known
+    to be `symmetric`, as that of a gradient is, both are the cheaper vjp.
     """
 
-    def __init__(self, fn: ResidualFn, x: Tensors, args: Tensors = (), wrt: Sequence[int] = ()):
+    def __init__(
+        self,
+        fn: ResidualFn,
+        x: Tensors,
+        args: Tensors = (),
+        wrt: Sequence[int] = (),
+        symmetric: bool = False,
+    ):
+        self.symmetric = symmetric
         self._x = tuple(t.detach().requires_grad_() for t in x)
         self._args = tuple(t.detach().requires_grad_(i in wrt) for i, t in enumerate(args))
         self._wrt = tuple(wrt)
@@ -66,6 +77,8 @@ class Jacobian:
 
     def __call__(self, v: Tensors) -> Tensors:
         """A v: a replayed vjp of the vjp."""
+        if self.symmetric:
+            return self.vjp(v)
         return _differentiable(self._push, self._pull, v)
 
     @property
@@ -75,7 +88,7 @@ class Jacobian:
 
     def vjp(self, u: Tensors) -> Tensors:
         """A^T u: a replayed vjp into x."""
-        return _differentiable(self._pull, self._push, u)
+        return _differentiable(self._pull, self._pull if self.symmetric else self._push, u)
 
     def vjp_args(self, u: Tensors) -> Tensors:
         """(d fn / d args)^T u for the args numbered by `wrt`."""
@@ -99,6 +112,7 @@ class Transpose:
 
     def __init__(self, jacobian: Jacobian):
         self._jacobian = jacobian
+        self.symmetric = jacobian.symmetric
 
     def __call__(self, u: Tensors) -> Tensors:
         """A^T u."""
@@ -110,8 +124,97 @@ class Transpose:
         return self._jacobian
 
 
+class LinearOperator:
+    """v -> fn(v, *tensors), a linear map that names the tensors which it depends on.
+
+    A solver called with one is differentiable in them, to any order and under every torch.func
+    transform; of a plain function's closure it sees less. `tensors` are tensors, or pytrees of
+    tensors. `symmetric` and `positive_definite` are taken at their word: `solve_auto` picks by
+    them, and a symmetric map is its own transpose.
+
+    Raises TypeError for a `fn` that is no function, or a leaf of `tensors` that is no tensor.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., TensorTree],
+        *tensors: TensorTree,
+        symmetric: bool = False,
+        positive_definite: bool = False,
+    ):
+        if not callable(fn):
+            raise TypeError(f"fn must be a function (v, *tensors) -> A v, not {fn!r}.")
+        self.fn, self.tensors = fn, tensors
+        self.symmetric = symmetric or positive_definite
+        self.positive_definite = positive_definite
+        self.leaves, self._spec = optree.tree_flatten(tensors)
+        for leaf in self.leaves:
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"tensors has a leaf of type {type(leaf).__name__}, not a tensor.")
+
+    def __call__(self, v: TensorTree) -> TensorTree:
+        """A v."""
+        return self.fn(v, *self.tensors)
+
+    def at(self, leaves: Sequence[Tensor]) -> Matvec:
+        """The map with these tensors in the place of its own, in the order of `leaves`."""
+        tensors = optree.tree_unflatten(self._spec, leaves)
+        return lambda v: self.fn(v, *tensors)
+
+
+class LinearMap:
+    """v -> fn(v, args) on tuples like `x`, linear in v; `.T` is recorded from it by autograd."""
+
+    def __init__(self, fn: ResidualFn, x: Tensors, args: Tensors, symmetric: bool = False):
+        self._fn, self._x, self._args = fn, x, args
+        self.symmetric = symmetric
+
+    def __call__(self, v: Tensors) -> Tensors:
+        """A v."""
+        return self._fn(v, self._args)
+
+    @property
+    def T(self) -> Matvec:
+        """The transposed map, recorded anew."""
+        return self if self.symmetric else transpose(self._apply, self._x)
+
+    def _apply(self, v: Tensors) -> Tensors:
+        return self._fn(v, self._args)
+
+
+def shifted(matvec: Matvec, ridge: Tensor, batch_ndim: int) -> Matvec:
+    """v -> A v + ridge v; a ridge that is not 0-dim has the shape of the `batch_ndim` dimensions."""
+
+    def add(product: TensorTree, v: TensorTree, ridge: Tensor) -> TensorTree:
+        leaves, spec = optree.tree_flatten(v)
+        products = tuple(Layout.of(v).leaves_of(product, "the result of the matvec"))
+        return optree.tree_unflatten(spec, add_scaled(products, tuple(leaves), ridge, batch_ndim))
+
+    if isinstance(matvec, LinearOperator):
+        fn = matvec.fn
+        return LinearOperator(
+            lambda v, ridge, *tensors: add(fn(v, *tensors), v, ridge),
+            ridge,
+            *matvec.tensors,
+            symmetric=matvec.symmetric,
+        )
+    return lambda v: add(matvec(v), v, ridge)
+
+
+def add_scaled(products: Tensors, v: Tensors, ridge: Tensor, batch_ndim: int) -> Tensors:
+    """A v + ridge v, on leaves, for a ridge that is 0-dim or has the shape of the batch."""
+
+    def scale(leaf: Tensor) -> Tensor:
+        return ridge.reshape(ridge.shape + (1,) * (leaf.ndim - batch_ndim)) if ridge.ndim else ridge
+
+    pairs = zip(products, v, strict=True)
+    return tuple((av + scale(leaf) * leaf).to(leaf.dtype) for av, leaf in pairs)
+
+
 def transpose(matvec: Matvec, like: TensorTree) -> Matvec:
     """u -> A^T u for a linear `matvec` on pytrees like `like`: its own `.T`, else a recorded vjp.
+
+    Where grad is enabled, its results are differentiable in what the matvec depends on.
 
     Raises TypeError or ValueError where the matvec's result is not shaped as its argument, and
     RuntimeError where it does not depend on it through autograd.
@@ -131,7 +234,9 @@ def transpose(matvec: Matvec, like: TensorTree) -> Matvec:
         )
 
     def rmatvec(u: TensorTree) -> TensorTree:
-        return optree.tree_unflatten(spec, _vjp(tuple(out_leaves), x, optree.tree_leaves(u)))
+        graph = torch.is_grad_enabled()
+        pulled = _vjp(tuple(out_leaves), x, optree.tree_leaves(u), create_graph=graph)
+        return optree.tree_unflatten(spec, pulled)
 
     return rmatvec
 
@@ -205,6 +310,23 @@ class _Product(torch.autograd.Function):
         )
         av = _differentiable(torch.vmap(product), torch.vmap(transposed), rows)
         return av, (0,) * len(av)
+
+
+def graph_leaves(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Leaf tensors that require grad in the recorded graph of `outputs`."""
+    pending = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    seen = set(pending)
+    leaves = [t for t in outputs if t.requires_grad and t.grad_fn is None]
+    while pending:
+        node = pending.pop()
+        leaf = getattr(node, "variable", None)  # only the graph's accumulation nodes have one
+        if leaf is not None:
+            leaves.append(leaf)
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                pending.append(parent)
+    return leaves
 
 
 def _vjp(y: Tensors, x: Tensors, u: Sequence[Tensor], create_graph: bool = False) -> Tensors:

@@ -58,6 +58,21 @@ def has_derivative(tensor: Tensor) -> bool:
     return recorded or is_transformed(tensor) or has_tangent(tensor)
 
 
+_GRAD_CODE = torch.func.grad(torch.sum).__code__
+
+
+def is_gradient(fn: Callable[..., Any]) -> bool:
+    """Whether `fn` is torch.func.grad of something by its first argument; False where in doubt.
+
+    The Jacobian of such a function is a Hessian, and symmetric.
+    """
+    if getattr(fn, "__code__", None) is not _GRAD_CODE:
+        return False
+    cells = zip(_GRAD_CODE.co_freevars, fn.__closure__ or (), strict=True)
+    settings = {name: cell.cell_contents for name, cell in cells}
+    return settings.get("argnums") == 0 and settings.get("has_aux") is False
+
+
 def in_trace() -> bool:
     """Whether AOTAutograd is tracing, below Dynamo: tensors have shapes and no values."""
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()

@@ -24,7 +24,7 @@ from tritonimplicit.linear_solve import (
         ({"batch_ndim": 1.0}, TypeError, "batch_ndim"),
         ({"ridge": "big"}, TypeError, "ridge"),
         ({"ridge": float("nan")}, ValueError, "ridge"),
-        ({"ridge": torch.ones((), requires_grad=True)}, ValueError, "ridge requires grad"),
+        ({"on_failure": "shout"}, ValueError, "'warn', 'raise', 'ignore'"),
         ({"ridge": torch.ones((), dtype=torch.int32)}, TypeError, "int32"),
     ],
 )
@@ -45,6 +45,9 @@ def test_settings_of_every_solver(build, fields, error, message):
         ({"atol": "small"}, TypeError, "atol"),
         ({"check_every": -2}, ValueError, "check_every"),
         ({"backend": "cuda"}, ValueError, "'auto', 'reference', 'triton'"),
+        ({"cuda_graph": 1}, TypeError, "bool"),
+        ({"cuda_graph": True, "check_every": 3}, ValueError, "even"),
+        ({"cuda_graph": True, "check_every": 0}, ValueError, "even"),
     ],
 )
 def test_settings_of_iterative_solvers(build, fields, error, message):
@@ -116,15 +119,15 @@ def test_a_ridge_must_fit_the_batch():
         CG(ridge=torch.ones(3), batch_ndim=1)(lambda v: v, torch.ones(2, 3))
 
 
-def test_a_direct_call_is_not_silently_cut_off_from_autograd():
+def test_solve_is_not_silently_cut_off_from_autograd():
     scale = torch.ones(3, requires_grad=True)
     for solver in (CG(), NormalCG(), Neumann(), Dense()):
-        with pytest.raises(RuntimeError, match="custom_root"):
-            solver(lambda v: v, torch.ones(3, requires_grad=True))
+        with pytest.raises(RuntimeError, match="is not differentiated"):
+            solver.solve(lambda v: v, torch.ones(3, requires_grad=True))
         with torch.no_grad():
-            solver(lambda v: v * scale, torch.ones(3))
-        with pytest.raises(RuntimeError, match="custom_root"):
-            solver(lambda v: v * scale, torch.ones(3))
+            solver.solve(lambda v: v * scale, torch.ones(3))
+        with pytest.raises(RuntimeError, match="is not differentiated"):
+            solver.solve(lambda v: v * scale, torch.ones(3))
 
 
 def test_a_matvec_that_works_in_place_is_noticed():

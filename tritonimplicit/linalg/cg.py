@@ -20,7 +20,8 @@ def cg(
     """Solve A x = b for symmetric definite A; stops at ‖b - A x‖ <= max(rtol ‖b‖, atol).
 
     `A` is a square matrix, a pytree of square matrices (the diagonal blocks, one for each leaf of
-    b), or v -> A v. `x0` is the initial guess (zero by default), `maxiter` None is min(10 n, 1000).
+    b), or v -> A v. Differentiable in b and in A, under every transform where A is no function.
+    `x0` is the initial guess (zero by default), `maxiter` None is min(10 n, 1000).
     Warnings and errors are those of `linear_solve.CG`.
     """
     solver = CG(rtol=rtol, atol=atol, maxiter=maxiter, init=x0)

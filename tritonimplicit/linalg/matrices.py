@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tritonimplicit.diagnostics import TensorTree
-from tritonimplicit.operators import Matvec
+from tritonimplicit.operators import LinearOperator, Matvec
 
 
 def as_matvec(a: TensorTree | Matvec, b: TensorTree) -> Matvec:
@@ -24,7 +24,7 @@ def as_matvec(a: TensorTree | Matvec, b: TensorTree) -> Matvec:
         raise ValueError(
             f"A has the structure {spec}, b has {optree.tree_structure(b)}: they must be the same."
         )
-    return lambda v: optree.tree_map(torch.matmul, a, v)
+    return LinearOperator(lambda v, a: optree.tree_map(torch.matmul, a, v), a)
 
 
 def check_square(matrix: object) -> None:

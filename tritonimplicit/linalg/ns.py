@@ -9,7 +9,7 @@ from torch import Tensor
 from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linalg.matrices import as_matvec, check_square
 from tritonimplicit.linear_solve import Neumann
-from tritonimplicit.operators import Matvec
+from tritonimplicit.operators import LinearOperator, Matvec
 
 
 def ns(
@@ -21,7 +21,7 @@ def ns(
 ) -> TensorTree:
     """Approximate A^-1 b by alpha * sum over k = 0 .. maxiter of (I - alpha A)^k b.
 
-    `A` as in `cg`, but it need not be symmetric. `maxiter` None is 10, `alpha` None is 1.
+    `A` as in `cg`, but it need not be symmetric; derivatives are those of A^-1 b. `maxiter` None is 10, `alpha` None is 1.
     Warnings and errors are those of `linear_solve.Neumann`.
     """
     return Neumann(maxiter=maxiter, alpha=alpha)(as_matvec(A, b), b)
@@ -46,7 +46,7 @@ def ns_inv(
         # One system a row: row i of the solution is column i of the inverse.
         identity = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
         series = Neumann(maxiter=terms - 1, alpha=alpha, batch_ndim=1)
-        columns: Tensor = series(lambda v: v @ matrix.mT, identity)
+        columns: Tensor = series(LinearOperator(lambda v, a: v @ a.mT, matrix), identity)
         return columns.mT
 
     return optree.tree_map(invert, A)

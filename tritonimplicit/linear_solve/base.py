@@ -5,22 +5,26 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar
 
 import optree
 import torch
 from torch import Tensor
 
-import tritonimplicit_kernels as kernels
-from tritonimplicit.diagnostics import Solution, Status, TensorTree, warn_of_failures
-from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
-from tritonimplicit.operators import Matvec
+from tritonimplicit.diagnostics import (
+    ON_FAILURE,
+    Solution,
+    Status,
+    TensorTree,
+    report_failures,
+    statuses_in,
+)
+from tritonimplicit.linear_solve.direct import solve_directly
+from tritonimplicit.linear_solve.rows import RowSolution
+from tritonimplicit.operators import Matvec, shifted
+from tritonimplicit.solve_log import record
 from tritonimplicit.vectors import Layout
-
-Solve: TypeAlias = Callable[[Matvec, Any], Any]
-"""What solves A x = b: (matvec, b) -> x. Ours, TorchOpt's, or any function of that form."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,42 +33,47 @@ class LinearSolver(abc.ABC):
 
     `ridge` (a float, or a tensor of the batch's shape) adds ridge * I to the matrix of the system
     that the solver works on. The leading `batch_ndim` dimensions of every leaf of b index
-    independent systems. Fields are checked at construction: TypeError for an unknown field or a
-    wrong type, ValueError for a value out of range.
+    independent systems. `on_failure`, "warn", "raise" or "ignore", says what `solver(matvec, b)`
+    does about a system that does not come to what the fields ask for. Fields are checked at
+    construction: TypeError for an unknown field or a wrong type, ValueError for a value out of
+    range.
     """
 
     ridge: float | Tensor | None = None
     batch_ndim: int = 0
+    on_failure: str = "warn"
+
+    symmetric: ClassVar[bool] = False
+    """Whether the method takes A for symmetric, so that it stands for its transpose too."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
         check_count("batch_ndim", self.batch_ndim)
+        check_choice("on_failure", self.on_failure, ON_FAILURE)
         ridge = self.ridge
         if isinstance(ridge, Tensor):
             if not ridge.is_floating_point():
                 raise TypeError(f"ridge is a tensor of dtype {ridge.dtype}, not floating point.")
-            if ridge.requires_grad:
-                raise ValueError(
-                    "ridge requires grad, but no gradient flows into a solver's fields: give "
-                    "ridge.detach(), or write the ridge into the matvec or the optimality."
-                )
         elif ridge is not None:
             check_real("ridge", ridge)
 
     def __call__(self, matvec: Matvec, b: TensorTree, **overrides: Any) -> TensorTree:
         """Return x with A x = b, shaped as b; `overrides` replace fields for this call.
 
-        Emits a `ConvergenceWarning` for each kind of failure, except for what the fields ask for
-        (reaching a `maxiter` that was given, or any residual where no tolerance was). Raises as
-        `solve` does.
+        Differentiable in b, in a tensor `ridge`, and in what the matvec depends on. With a
+        `LinearOperator` that is to any order, forwards and backwards, and under every torch.func
+        transform, vmap being one batched solve. Of a plain function, autograd (of any order, but
+        not torch.func) sees the leaves that require grad and that the function reaches.
+
+        What happens to a failure is up to `on_failure`, except for what the fields ask for
+        (reaching a `maxiter` that was given, or any residual where no tolerance was): that is none.
+        Raises as `solve` does, and ConvergenceError if `on_failure` is "raise".
         """
         solver = dataclasses.replace(self, **overrides) if overrides else self
-        solution = solver.solve(matvec, b)
-        warn_of_failures(solution, type(self).__name__, solver._expected())
-        return solution.value
+        return solve_directly(solver, matvec, b)
 
     def solve(self, matvec: Matvec, b: TensorTree) -> Solution:
-        """Return x with A x = b and what became of each system; never warns.
+        """Return x with A x = b and what became of each system; not differentiable, never warns.
 
         Raises:
             TypeError: a matvec that is no function; a leaf of b, `init` or the matvec's result that
@@ -73,6 +82,43 @@ class LinearSolver(abc.ABC):
             RuntimeError: a gradient through this solve is asked for (see the message), or the
                 matvec has no transpose where the solver needs one.
         """
+        return self._solve(matvec, b)[0]
+
+    def solve_plain(self, matvec: Matvec, b: TensorTree) -> TensorTree:
+        """Return x with A x = b, not differentiable, and report failures as `on_failure` says."""
+        solution, present = self._solve(matvec, b)
+        if self.on_failure != "ignore":
+            present = statuses_in(solution.status) if present is None else present
+            report_failures(solution, present, self._expected(), self.on_failure)
+        return solution.value
+
+    def equation(
+        self, matvec: Matvec, b: TensorTree
+    ) -> tuple[LinearSolver, Matvec, TensorTree]:
+        """Return (solver, A, b) with the same x, whose A x = b has no ridge apart from a float's.
+
+        Derivatives are taken of this equation.
+        """
+        if not isinstance(self.ridge, Tensor):
+            return self, matvec, b
+        check_ridge(self.ridge, Layout.of(b, self.batch_ndim))
+        return self.open_ridge(), shifted(matvec, self.ridge, self.batch_ndim), b
+
+    def open_ridge(self) -> LinearSolver:
+        """Return the solver of the equation whose matrix has the ridge in it."""
+        return dataclasses.replace(self, ridge=None)
+
+    def vmapped(self, sizes: torch.Size) -> LinearSolver:
+        """Return the solver for systems numbered by leading dimensions of these sizes too."""
+        ridge = self.ridge
+        if isinstance(ridge, Tensor) and ridge.ndim:
+            ridge = ridge.expand(*sizes, *ridge.shape)
+        return dataclasses.replace(self, ridge=ridge, batch_ndim=len(sizes) + self.batch_ndim)
+
+    def _solve(
+        self, matvec: Matvec, b: TensorTree
+    ) -> tuple[Solution, frozenset[Status] | None]:
+        """`solve`, and the statuses that occur, where the host has read them already."""
         if not callable(matvec):
             raise TypeError(
                 f"matvec must be a function v -> A v, not a {type(matvec).__name__}; for a matrix "
@@ -80,16 +126,26 @@ class LinearSolver(abc.ABC):
             )
         layout = Layout.of(b, self.batch_ndim)
         check_not_differentiated(b)
-        rows = self._solve_rows(matvec, b, layout)
+        solver = self._choose(matvec, b, layout)
+        rows = solver._solve_rows(matvec, b, layout)
         nonfinite = rows.status == Status.NON_FINITE
         x = rows.x.masked_fill_(nonfinite[:, None], math.nan)
-        return Solution(
+        history = rows.history
+        solution = Solution(
             # detach: a leaf that were a view of the buffer could not be detached in place.
             value=optree.tree_map(Tensor.detach, layout.unflatten(x)),
             status=layout.per_system(rows.status),
             iterations=layout.per_system(rows.iterations),
             residual_norm=layout.per_system(rows.residual_norm.masked_fill(nonfinite, math.nan)),
+            solver=type(solver).__name__,
+            history=None if history is None else history.view(-1, *layout.batch_shape),
         )
+        record(solution)
+        return solution, rows.present
+
+    def _choose(self, matvec: Matvec, b: TensorTree, layout: Layout) -> LinearSolver:
+        """Return the solver that does it: this one, but for `Auto`."""
+        return self
 
     @abc.abstractmethod
     def _solve_rows(self, matvec: Matvec, b: TensorTree, layout: Layout) -> RowSolution:
@@ -104,71 +160,8 @@ class LinearSolver(abc.ABC):
         ridge = self.ridge
         if not isinstance(ridge, Tensor):
             return None if ridge is None else float(ridge)
-        if ridge.shape not in (torch.Size(), layout.batch_shape):
-            raise ValueError(
-                f"ridge has shape {tuple(ridge.shape)}; it must be a number, a 0-dim tensor, or "
-                f"have the batch's shape {tuple(layout.batch_shape)}."
-            )
-        if ridge.device != layout.device:
-            raise ValueError(f"ridge is on {ridge.device}; b is on {layout.device}.")
-        return ridge.to(layout.dtype).expand(layout.batch_shape).reshape(layout.systems, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class IterativeSolver(LinearSolver):
-    """A solver that refines x until ‖b - A x‖ <= max(rtol ‖b‖, atol), for each system by itself.
-
-    A residual at rounding level, eps ‖b‖ in the working precision, always counts as converged.
-    `maxiter` None is min(10 n, 1000) for n unknowns a system. `init` is the initial guess (None:
-    zero), shaped as b. The host asks every `check_every` iterations whether a system still runs
-    (None: each iteration; 0: never, so that all of `maxiter` is done without a host
-    synchronisation). `backend` is "auto", "reference" (plain torch) or "triton".
-    """
-
-    rtol: float = 1e-5
-    atol: float = 0.0
-    maxiter: int | None = None
-    init: TensorTree | None = None
-    check_every: int | None = None
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        super().__post_init__()
-        for name in ("rtol", "atol"):
-            check_real(name, getattr(self, name))
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)!r}.")
-        for name in ("maxiter", "check_every"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
-        if self.backend not in kernels.BACKENDS:
-            names = ", ".join(map(repr, kernels.BACKENDS))
-            raise ValueError(f"backend must be one of {names}, not {self.backend!r}.")
-
-    def iteration_limit(self, layout: Layout) -> int:
-        """`maxiter`, or its default for this size."""
-        return min(10 * layout.n, 1000) if self.maxiter is None else self.maxiter
-
-    def tolerance(self, b_norm: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B,) float64: the residual norm at or below which a system of `dtype` has converged."""
-        relative = max(self.rtol, torch.finfo(dtype).eps)
-        return (relative * b_norm).clamp(min=self.atol)
-
-    def start(self, apply: RowMatvec, b: Tensor, b_norm: Tensor) -> tuple[Tensor, Tensor]:
-        """x0 and b - A x0, both new (B, ld) buffers."""
-        if self.init is None:
-            return torch.zeros_like(b), b.clone()
-        check_init(self.init, apply.layout)
-        x = apply.layout.flatten(self.init, "init")
-        # A x = 0 is solved by zero, exactly; from any other start no relative tolerance can be met.
-        x.masked_fill_((b_norm == 0)[:, None], 0.0)
-        return x, apply.residual(x, b).clone()
-
-    def _expected(self) -> frozenset[Status]:
-        if self.rtol == 0 and self.atol == 0:  # no tolerance asked for: any residual is in order
-            return frozenset({Status.MAX_ITERATIONS, Status.STAGNATED})
-        return frozenset() if self.maxiter is None else frozenset({Status.MAX_ITERATIONS})
+        check_ridge(ridge, layout)
+        return ridge.detach().to(layout.dtype).expand(layout.batch_shape).reshape(-1, 1)
 
 
 def check_real(name: str, value: object) -> None:
@@ -187,19 +180,27 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must not be negative, not {value}.")
 
 
-def check_init(init: TensorTree, layout: Layout) -> None:
-    """Raise ValueError where the initial guess and b have different shapes."""
-    shapes = tuple(getattr(leaf, "shape", None) for leaf in optree.tree_leaves(init))
-    if shapes != layout.shapes:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+
+
+def check_ridge(ridge: Tensor, layout: Layout) -> None:
+    """Raise ValueError unless the ridge fits the batch."""
+    if ridge.shape not in (torch.Size(), layout.batch_shape):
         raise ValueError(
-            f"Tensors in x0 and b must have matching shapes: {shapes} vs. {layout.shapes}."
+            f"ridge has shape {tuple(ridge.shape)}; it must be a number, a 0-dim tensor, or "
+            f"have the batch's shape {tuple(layout.batch_shape)}."
         )
+    if ridge.device != layout.device:
+        raise ValueError(f"ridge is on {ridge.device}; b is on {layout.device}.")
 
 
 def check_not_differentiated(b: TensorTree) -> None:
-    """Raise where autograd would expect this solve to be differentiable in b."""
+    """Raise where autograd would expect `solve` to be differentiable in b."""
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in optree.tree_leaves(b)):
         raise RuntimeError(
-            "b requires grad, but a solver called directly is not differentiated: call it under "
-            "torch.no_grad() or with b.detach(); custom_root gives gradients through a solution."
+            "b requires grad, and `solver.solve` is not differentiated: `solver(matvec, b)` is; "
+            "or call it under torch.no_grad(), or with b.detach()."
         )

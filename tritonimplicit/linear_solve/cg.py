@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
-from tritonimplicit.linear_solve.base import IterativeSolver
-from tritonimplicit.linear_solve.loop import Progress, Recurrence, solve_and_verify
+from tritonimplicit.linear_solve.iterative import FusedSolver
+from tritonimplicit.linear_solve.loop import Recurrence, solve_and_verify
+from tritonimplicit.linear_solve.progress import Progress
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit.operators import Matvec
 from tritonimplicit.vectors import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class CG(IterativeSolver):
+class CG(FusedSolver):
     """Conjugate gradient, for A symmetric and definite; (A + ridge I) x = b.
 
     The predict-and-recompute form (Chen and Carson, "Predict-and-recompute conjugate gradient
     variants", SIAM J. Sci. Comput. 42, 2020): two launches and one matvec an iteration.
     """
 
+    symmetric: ClassVar[bool] = True
+
     def _solve_rows(self, matvec: Matvec, b: TensorTree, layout: Layout) -> RowSolution:
         apply = RowMatvec(matvec, layout, self._ridge_rows(layout))
         return conjugate_gradient(self, apply, layout.gather(b, layout.zeros, "b"))
 
 
-def conjugate_gradient(solver: IterativeSolver, apply: RowMatvec, b: Tensor) -> RowSolution:
+def conjugate_gradient(solver: FusedSolver, apply: RowMatvec, b: Tensor) -> RowSolution:
     """Solve A x = b on rows by CG, with the settings of `solver`."""
     return solve_and_verify(solver, _ConjugateGradient(solver, apply, b))
 
 
 class _ConjugateGradient(Recurrence):
-    def __init__(self, solver: IterativeSolver, apply: RowMatvec, b: Tensor):
+    def __init__(self, solver: FusedSolver, apply: RowMatvec, b: Tensor):
         self.apply, self.b = apply, b
         b_norm = kernels.row_norms(b)
         self.x, self._r = solver.start(apply, b, b_norm)

@@ -1,4 +1,4 @@
-"""Dense direct solve: the matrix materialised, column by column, and factorised by LU."""
+"""Dense direct solve: the matrix materialised, column by column, and factorised."""
 
 from __future__ import annotations
 
@@ -21,27 +21,50 @@ from tritonimplicit_kernels import status as codes
 class Dense(LinearSolver):
     """(A + ridge I) x = b by LU with partial pivoting; n matvecs and n^2 numbers for each system.
 
+    With `positive_definite` by Cholesky, of the lower triangle: half the work, and INDEFINITE with
+    a value of NaN where the matrix is not positive definite. The residual that is reported, and
+    judged, is that of the matrix in float64.
+
     A system is CONVERGED if its relative residual is at most sqrt(eps), STAGNATED above that (an
     ill-conditioned matrix), BREAKDOWN with a value of NaN if a pivot is exactly zero.
     """
+
+    positive_definite: bool = False
 
     def _solve_rows(self, matvec: Matvec, b: TensorTree, layout: Layout) -> RowSolution:
         apply = RowMatvec(matvec, layout, self._ridge_rows(layout))
         rhs = layout.gather(b, layout.zeros, "b")
         elements = _true_elements(layout)
-        matrix = _materialise(apply, elements)
-        solved, info = torch.linalg.solve_ex(matrix, rhs[:, elements])
-        x = layout.zeros()
-        x[:, elements] = solved
-        residual_norm = kernels.row_norms(apply.residual(x, rhs))
+        matrix, y = _materialise(apply, elements), rhs[:, elements]
+        solved, failed = (_cholesky if self.positive_definite else _lu)(matrix, y)
+        residual_norm = _residual_norm(matrix, solved, y)
         tolerance = math.sqrt(torch.finfo(layout.dtype).eps) * kernels.row_norms(rhs)
         status = torch.where(residual_norm <= tolerance, codes.CONVERGED, codes.STAGNATED)
-        given = matrix.isfinite().all(2).all(1) & rhs.isfinite().all(1)
+        given = matrix.isfinite().all(2).all(1) & y.isfinite().all(1)
         status = torch.where(solved.isfinite().all(1) & given, status, codes.NON_FINITE)
-        singular = given & (info != 0)
-        status = torch.where(singular, codes.BREAKDOWN, status).int()
-        x.masked_fill_(singular[:, None], math.nan)
+        failure = codes.INDEFINITE if self.positive_definite else codes.BREAKDOWN
+        failed &= given
+        status = torch.where(failed, failure, status).int()
+        x = layout.zeros()
+        x[:, elements] = solved.masked_fill(failed[:, None], math.nan)
         return RowSolution(x, status, torch.zeros_like(status), residual_norm)
+
+
+def _lu(matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """x (B, n), and (B,) whether a pivot was zero."""
+    solved, info = torch.linalg.solve_ex(matrix, b)
+    return solved, info != 0
+
+
+def _cholesky(matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """x (B, n), and (B,) whether the matrix is not positive definite."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return torch.cholesky_solve(b[:, :, None], factor)[:, :, 0], info != 0
+
+
+def _residual_norm(matrix: Tensor, x: Tensor, b: Tensor) -> Tensor:
+    """(B,) float64: ‖b - A x‖, in float64 whatever the working precision."""
+    return kernels.row_norms(b.double() - torch.bmm(matrix.double(), x.double()[:, :, None])[:, :, 0])
 
 
 def _true_elements(layout: Layout) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
-from tritonimplicit.linear_solve.base import IterativeSolver, check_real
-from tritonimplicit.linear_solve.loop import Progress, Recurrence, solve_and_verify
+from tritonimplicit.linear_solve.base import check_real
+from tritonimplicit.linear_solve.iterative import FusedSolver
+from tritonimplicit.linear_solve.loop import Recurrence, solve_and_verify
+from tritonimplicit.linear_solve.progress import Progress
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit.operators import Matvec
 from tritonimplicit.vectors import Layout
@@ -18,7 +21,7 @@ from tritonimplicit_kernels import status as codes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neumann(IterativeSolver):
+class Neumann(FusedSolver):
     """alpha * sum over k = 0 .. maxiter of (I - alpha A)^k b: A^-1 b in the limit, if there is one.
 
     Computed as Richardson's iteration x <- x + alpha (b - A x), one launch and one matvec an
@@ -49,7 +52,7 @@ class Neumann(IterativeSolver):
         # Short of the kernel's limit, a residual above that of the start has diverged all the same.
         grown = rows.residual_norm > recurrence.start_norm
         rows.status.masked_fill_((rows.status == codes.MAX_ITERATIONS) & grown, codes.DIVERGED)
-        return rows
+        return dataclasses.replace(rows, present=None)
 
 
 class _Richardson(Recurrence):

@@ -8,19 +8,25 @@ import optree
 import torch
 from torch import Tensor
 
-from tritonimplicit.diagnostics import TensorTree
+from tritonimplicit.diagnostics import Status, TensorTree
 from tritonimplicit.operators import Matvec
+from tritonimplicit.torch_internals import is_transformed
 from tritonimplicit.vectors import Layout
 
 
 @dataclass(frozen=True)
 class RowSolution:
-    """`Solution`, on rows: x is (B, ld), the others are (B,)."""
+    """`Solution`, on rows: x is (B, ld), the others are (B,), `history` is (steps + 1, B).
+
+    `present` are the statuses that occur, where the host has read them already.
+    """
 
     x: Tensor
     status: Tensor
     iterations: Tensor
     residual_norm: Tensor
+    present: frozenset[Status] | None = None
+    history: Tensor | None = None
 
 
 class RowMatvec:
@@ -66,14 +72,26 @@ class RowMatvec:
 
 
 def refuse_gradient(result: TensorTree) -> TensorTree:
-    """Return a matvec's result, or raise RuntimeError if autograd would lose a gradient by it."""
-    if any(isinstance(t, Tensor) and t.requires_grad for t in optree.tree_leaves(result)):
+    """Return a matvec's result, or raise RuntimeError if a gradient would be lost by it."""
+    tensors = [t for t in optree.tree_leaves(result) if isinstance(t, Tensor)]
+    if any(is_transformed(t) for t in tensors):
+        raise hidden_derivative()
+    if any(t.requires_grad for t in tensors):
         raise RuntimeError(
-            "the matvec's result requires grad, but a solver called directly is not "
-            "differentiated: call it under torch.no_grad(), or detach what the matvec closes "
-            "over; custom_root gives gradients through a solution."
+            "the matvec's result requires grad, and `solver.solve` is not differentiated: "
+            "`solver(matvec, b)` is; or call it under torch.no_grad()."
         )
     return result
+
+
+def hidden_derivative() -> RuntimeError:
+    """The error of a matvec with a closure that a transform cannot see."""
+    return RuntimeError(
+        "under a torch.func transform (grad, jvp, vmap, ...), or forward-mode AD, the matvec "
+        "closes over a tensor that is being differentiated or vmapped, which the solver cannot "
+        "see: give it openly, by tritonimplicit.LinearOperator(fn, *tensors), the map "
+        "v -> fn(v, *tensors)."
+    )
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

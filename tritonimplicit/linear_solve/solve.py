@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from tritonimplicit.linear_solve.base import LinearSolver, Solve
+from tritonimplicit.diagnostics import TensorTree
+from tritonimplicit.linear_solve.graphs import stream_for_graphs
 from tritonimplicit.opaque import opaque_call
-from tritonimplicit.operators import Jacobian, Matvec, ResidualFn, Tensors, pullback, pushforward
-from tritonimplicit.torch_internals import forward_rule, in_trace, untraced
+from tritonimplicit.operators import (
+    Jacobian,
+    LinearMap,
+    Matvec,
+    ResidualFn,
+    Solve,
+    Tensors,
+    add_scaled,
+    pullback,
+    pushforward,
+)
+from tritonimplicit.torch_internals import forward_rule, has_derivative, in_trace, untraced
 
 MaybeTensors: TypeAlias = tuple[Tensor | None, ...]
 Dims: TypeAlias = tuple[int | None, ...]
@@ -23,41 +35,102 @@ Dims: TypeAlias = tuple[int | None, ...]
 class LinearFamily:
     """The linear maps A(x, args) = d fn / d x, and what solves with one; holds no tensors.
 
-    `depth` counts the batch dimensions that vmap has put in front of every tensor.
+    `depth` counts the batch dimensions that vmap has put in front of every tensor. `linear` says
+    that fn is linear in x, so that A v is fn(v, args), and `symmetric` that A is.
     """
 
     fn: ResidualFn
     solver: Solve
     depth: int = 0
+    linear: bool = False
+    symmetric: bool = False
 
-    def solve(self, matvec: Matvec, b: Tensors) -> Tensors:
+    def recorded(self, x: Tensors, args: Tensors, wrt: Sequence[int] = ()) -> Jacobian:
+        """Return A(x, args), from one evaluation of fn."""
+        return Jacobian(self.fn, x, args, wrt, self._symmetric)
+
+    def operator(self, x: Tensors, args: Tensors, transpose: bool) -> Matvec:
+        """Return A(x, args), or its transpose."""
+        a = LinearMap(self.fn, x, args, self._symmetric) if self.linear else self.recorded(x, args)
+        return a.T if transpose else a
+
+    @property
+    def _symmetric(self) -> bool:
+        return self.symmetric or getattr(self.solver, "symmetric", False)
+
+    def solve(self, matvec: Matvec, b: Tensors, init: Tensors = ()) -> Tensors:
         """Return u with A u = b, systems of a vmap each by itself where the solver is ours.
 
         Another solver gets them as one system, whose blocks do not mix. Raises TypeError or
         ValueError for a solver that returns something else than tensors shaped as b.
         """
         solver = self.solver
-        if self.depth and isinstance(solver, LinearSolver):
-            solver = dataclasses.replace(solver, batch_ndim=solver.batch_ndim + self.depth)
-        return _checked(solver(matvec, b), b)
+        if self.depth and isinstance(solver, Vmappable):
+            solver = solver.vmapped(b[0].shape[: self.depth])
+        overrides = {"init": init} if init else {}
+        return _checked(solver(matvec, b, **overrides), b)
+
+    def stream(self, device: torch.device) -> AbstractContextManager[None]:
+        """Where to record and solve."""
+        return stream_for_graphs(getattr(self.solver, "cuda_graph", False), device)
 
     def vmapped(self, args_dims: Dims) -> LinearFamily:
         """Return the family over a new leading dimension of x, and of the args where not None."""
         fn = torch.vmap(self.fn, in_dims=(0, args_dims), randomness="same")
-        return LinearFamily(fn, self.solver, self.depth + 1)
+        return dataclasses.replace(self, fn=fn, depth=self.depth + 1)
+
+    def without_guess(self) -> LinearFamily:
+        """Return the family with a solver that starts from zero."""
+        if guess_of(self.solver) is None:
+            return self
+        return dataclasses.replace(self, solver=dataclasses.replace(self.solver, init=None))
+
+    def with_ridge_open(self, args: Tensors) -> tuple[LinearFamily, Tensors]:
+        """Return the family and the args with a ridge that is differentiated among the args."""
+        ridge = getattr(self.solver, "ridge", None)
+        if not (isinstance(ridge, Tensor) and has_derivative(ridge)):
+            return self, args
+        fn, solver, batch_ndim = self.fn, self.solver.open_ridge(), self.depth + self.solver.batch_ndim
+
+        def shifted_fn(x: Tensors, args: Tensors) -> Tensors:
+            return add_scaled(fn(x, args[:-1]), x, args[-1], batch_ndim)
+
+        return dataclasses.replace(self, fn=shifted_fn, solver=solver), (*args, ridge)
+
+
+@runtime_checkable
+class Vmappable(Protocol):
+    """A solver that can be told of more batch dimensions."""
+
+    def vmapped(self, sizes: torch.Size) -> Solve:
+        """Return it for systems numbered by leading dimensions of these sizes as well."""
+        ...
 
 
 def linear_solve(
-    family: LinearFamily, x: Tensors, args: Tensors, b: Tensors, transpose: bool
+    family: LinearFamily,
+    x: Tensors,
+    args: Tensors,
+    b: Tensors,
+    transpose: bool,
+    init: Tensors = (),
 ) -> Tensors:
     """Return u with A(x, args) u = b, or A^T u = b; differentiable in x, args and b, to any order.
 
-    Good under every torch.func transform; a vmap is one batched solve. The derivatives hold as far
-    as the solve does: they take its result for the solution of the equation.
+    Also in the solver's ridge. `init` is an initial guess. Good under every torch.func transform; a
+    vmap is one batched solve. The derivatives hold as far as the solve does: they take its result
+    for the solution of the equation.
     """
-    flat = (*x, *args, *b)
-    u: Tensors = _LinearSolve.apply(family, transpose, len(x), *flat)  # type: ignore[no-untyped-call]
+    family, args = family.with_ridge_open(args)
+    flat = (*x, *args, *b, *init)
+    counts = len(x), len(args)
+    u: Tensors = _LinearSolve.apply(family, transpose, counts, *flat)  # type: ignore[no-untyped-call]
     return u
+
+
+def guess_of(solver: object) -> TensorTree | None:
+    """Return the initial guess among a solver's fields, if it has such a field."""
+    return getattr(solver, "init", None)
 
 
 def replace_at(tensors: Sequence[Any], positions: Sequence[int], new: Sequence[Any]) -> Any:
@@ -74,7 +147,7 @@ def batch_first(tensors: Sequence[Tensor], dims: Dims) -> list[Tensor]:
 
 
 class _LinearSolve(torch.autograd.Function):
-    """(x, args, b) -> u, flat; n = len(x) = len(b).
+    """(x, args, b, init) -> u, flat; `counts` are those of x, which is also b's, and of args.
 
     With a jvp and a vmap rule, `forward` always runs on plain tensors, whatever the transforms: the
     map is recorded once by autograd and replayed, and the solver may look at values. The rules use
@@ -83,28 +156,40 @@ class _LinearSolve(torch.autograd.Function):
 
     @staticmethod
     @untraced
-    def forward(family: LinearFamily, transpose: bool, n: int, *flat: Tensor) -> Tensors:
-        def solve(flat: Sequence[Tensor]) -> Tensors:
-            jacobian = Jacobian(family.fn, tuple(flat[:n]), tuple(flat[n:-n]))
-            u = family.solve(jacobian.T if transpose else jacobian, tuple(flat[-n:]))
-            # A solver may return b itself, which autograd takes for an input, not for an output.
-            return tuple(t.clone() if any(t is b for b in flat[-n:]) else t for t in u)
+    def forward(
+        family: LinearFamily, transpose: bool, counts: tuple[int, int], *flat: Tensor
+    ) -> Tensors:
+        n = counts[0]
+        where = sum(counts)
 
-        return opaque_call(solve, lambda flat: flat[-n:], flat) if in_trace() else solve(flat)
+        def solve(flat: Sequence[Tensor]) -> Tensors:
+            x, args, b, init = _split(tuple(flat), counts)
+            with family.stream(b[0].device):
+                u = family.solve(family.operator(x, args, transpose), b, init)
+            # A solver may return b itself, which autograd takes for an input, not for an output.
+            return tuple(t.clone() if any(t is one for one in b) else t for t in u)
+
+        def like(flat: Sequence[Tensor]) -> Sequence[Tensor]:
+            return flat[where : where + n]
+
+        return opaque_call(solve, like, flat) if in_trace() else solve(flat)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        ctx.family, ctx.transpose, ctx.n, *flat = inputs
-        ctx.save_for_backward(*flat[: -ctx.n], *output)
-        ctx.save_for_forward(*flat[: -ctx.n], *output)
+        family, ctx.transpose, ctx.counts, *flat = inputs
+        ctx.family = family.without_guess()  # which is one for this b
+        given = flat[: sum(ctx.counts)]
+        ctx.save_for_backward(*given, *output)
+        ctx.save_for_forward(*given, *output)
 
     @staticmethod
     @untraced
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        family, transpose, n, saved = ctx.family, ctx.transpose, ctx.n, ctx.saved_tensors
-        given, u = saved[:-n], saved[-n:]
+        family, transpose, n = ctx.family, ctx.transpose, ctx.counts[0]
+        given, u = ctx.saved_tensors[:-n], ctx.saved_tensors[-n:]
         w = linear_solve(family, given[:n], given[n:], cotangents, not transpose)
-        wanted = [i for i, need in enumerate(ctx.needs_input_grad[3:-n]) if need]
+        needed = ctx.needs_input_grad[3:]
+        wanted = [i for i in range(len(given)) if needed[i]]
         grads: MaybeTensors = (None,) * len(given)
         if wanted:
             # u = A^-1 b: its variation by x and args is -A^-1 (dA u), so the gradient is that of
@@ -117,18 +202,20 @@ class _LinearSolve(torch.autograd.Function):
 
             pull = pullback(product, *(given[i] for i in wanted))
             grads = replace_at(grads, wanted, pull(tuple(-t for t in left)))
-        return (None, None, None, *grads, *w)
+        guesses = len(needed) - len(given) - n
+        return (None, None, None, *grads, *w, *(None,) * guesses)
 
     @staticmethod
     @untraced
     @forward_rule
     def jvp(ctx: Any, saved: Tensors, *tangents: Any) -> Tensors:
-        family, transpose, n = ctx.family, ctx.transpose, ctx.n
+        family, transpose, n = ctx.family, ctx.transpose, ctx.counts[0]
         given, u, dots = saved[:-n], saved[-n:], tangents[3:]
+        db = dots[len(given) : len(given) + n]
         rhs = tuple(
-            torch.zeros_like(t) if dot is None else dot for dot, t in zip(dots[-n:], u, strict=True)
+            torch.zeros_like(t) if dot is None else dot for dot, t in zip(db, u, strict=True)
         )
-        moving = [i for i, dot in enumerate(dots[:-n]) if dot is not None]
+        moving = [i for i in range(len(given)) if dots[i] is not None]
         if moving:  # A du = db - dA u
 
             def product(*some: Tensor) -> Tensors:
@@ -146,18 +233,28 @@ class _LinearSolve(torch.autograd.Function):
     @staticmethod
     @untraced
     def vmap(
-        info: Any, in_dims: Dims, family: LinearFamily, transpose: bool, n: int, *flat: Tensor
+        info: Any,
+        in_dims: Dims,
+        family: LinearFamily,
+        transpose: bool,
+        counts: tuple[int, int],
+        *flat: Tensor,
     ) -> tuple[Tensors, Dims]:
-        dims = in_dims[3:]
+        n, dims = counts[0], in_dims[3:]
         tensors = batch_first(flat, dims)
-        for i in (*range(n), *range(len(flat) - n, len(flat))):
-            if (
-                dims[i] is None
-            ):  # x and b always have the new dimension; forward AD refuses expanded
+        for i in (*range(n), *range(sum(counts), len(flat))):
+            # x, b and init always have the new dimension; forward AD refuses expanded ones.
+            if dims[i] is None:
                 tensors[i] = tensors[i].expand(info.batch_size, *tensors[i].shape).contiguous()
-        args_dims = tuple(None if dim is None else 0 for dim in dims[n:-n])
-        x, args, b = tuple(tensors[:n]), tuple(tensors[n:-n]), tuple(tensors[-n:])
-        return linear_solve(family.vmapped(args_dims), x, args, b, transpose), (0,) * n
+        args_dims = tuple(None if dim is None else 0 for dim in dims[n : sum(counts)])
+        x, args, b, init = _split(tuple(tensors), counts)
+        return linear_solve(family.vmapped(args_dims), x, args, b, transpose, init), (0,) * n
+
+
+def _split(flat: Tensors, counts: tuple[int, int]) -> tuple[Tensors, Tensors, Tensors, Tensors]:
+    """(x, args, b, init)."""
+    n, end = counts[0], sum(counts)
+    return flat[:n], flat[n:end], flat[end : end + n], flat[end + n :]
 
 
 def _checked(u: object, b: Tensors) -> Tensors:

@@ -19,10 +19,9 @@ from tritonimplicit.diff.implicit.pytrees import (
     tree_leaves,
     tree_unflatten,
 )
-from tritonimplicit.linear_solve.base import Solve
 from tritonimplicit.linear_solve.solve import Dims, LinearFamily, MaybeTensors, replace_at
 from tritonimplicit.opaque import opaque_call
-from tritonimplicit.operators import Tensors
+from tritonimplicit.operators import Solve, Tensors
 from tritonimplicit.torch_internals import transforms_active
 
 
@@ -35,9 +34,12 @@ class RootProblem:
     run: Callable[[Tensors], tuple[Tensors, Tensors]]
 
     @classmethod
-    def of(cls, call: RootCall, solve: Solve) -> RootProblem:
-        """Return the problem of a call; the call must not hold it, or both wait for the gc."""
-        return cls(call, LinearFamily(call.residual, solve), call.run)
+    def of(cls, call: RootCall, solve: Solve, symmetric: bool) -> RootProblem:
+        """Return the problem of a call; the call must not hold it, or both wait for the gc.
+
+        `symmetric`: the optimality is known to be a gradient.
+        """
+        return cls(call, LinearFamily(call.residual, solve, symmetric=symmetric), call.run)
 
     def vmapped(self, dims: Dims) -> RootProblem:
         """Return the problem over a new leading dimension of the tensors whose dim is not None."""

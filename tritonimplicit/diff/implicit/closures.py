@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tritonimplicit.diff.implicit.pytrees import tree_leaves
+from tritonimplicit.operators import graph_leaves
 from tritonimplicit.torch_internals import has_tangent, is_transformed, transforms_active
 
 _FUNCTIONS = (types.FunctionType, functools.partial)
@@ -22,18 +23,7 @@ _FUNCTIONS = (types.FunctionType, functools.partial)
 def hidden_leaves(outputs: Iterable[Tensor], given: Iterable[Tensor]) -> list[Tensor]:
     """Leaf tensors that require grad in the graph of `outputs`, and are not among `given`."""
     known = {id(t) for t in given}
-    pending = [t.grad_fn for t in outputs if t.grad_fn is not None]
-    seen, hidden = set(pending), []
-    while pending:
-        node = pending.pop()
-        leaf = getattr(node, "variable", None)  # only the graph's accumulation nodes have one
-        if leaf is not None and id(leaf) not in known:
-            hidden.append(leaf)
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                pending.append(parent)
-    return hidden
+    return [leaf for leaf in graph_leaves(list(outputs)) if id(leaf) not in known]
 
 
 def warn_of_hidden_leaves(outputs: Iterable[Tensor], given: Iterable[Tensor]) -> None:

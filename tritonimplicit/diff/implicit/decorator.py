@@ -14,9 +14,14 @@ from tritonimplicit.diff.implicit.autocast import AutocastState
 from tritonimplicit.diff.implicit.call import RootCall, RootProblem
 from tritonimplicit.diff.implicit.closures import refuse_transformed_closure, warn_of_closure
 from tritonimplicit.diff.implicit.root import Root
-from tritonimplicit.linear_solve.base import Solve
 from tritonimplicit.linear_solve.normal_cg import NormalCG
-from tritonimplicit.torch_internals import forward_ad_active, transforms_active, untraced
+from tritonimplicit.operators import Solve
+from tritonimplicit.torch_internals import (
+    forward_ad_active,
+    is_gradient,
+    transforms_active,
+    untraced,
+)
 
 SolverFn = TypeVar("SolverFn", bound=Callable[..., Any])
 
@@ -65,6 +70,7 @@ def custom_root(
         solver_signature = inspect.signature(solver_fn)
         optimality_signature = inspect.signature(optimality_fn)
         named = (*positions, *_keys(solver_signature, names))
+        symmetric = is_gradient(optimality_fn) or getattr(optimality_fn, "is_gradient", False)
 
         @functools.wraps(solver_fn)
         @untraced
@@ -78,7 +84,7 @@ def custom_root(
             elif torch.is_grad_enabled() and not arguments.require_grad(tensors):
                 warn_of_closure(optimality_fn)
             call = RootCall(solver_fn, optimality_fn, arguments, AutocastState(tensors), has_aux)
-            return call.result(Root.apply(RootProblem.of(call, solver), *tensors))  # type: ignore[no-untyped-call]
+            return call.result(Root.apply(RootProblem.of(call, solver, symmetric), *tensors))  # type: ignore[no-untyped-call]
 
         return wrapped  # type: ignore[return-value]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tritonimplicit.diff.implicit.decorator import SolverFn, custom_root
 from tritonimplicit.diff.implicit.pytrees import tree_map, tree_structure
-from tritonimplicit.linear_solve.base import Solve
+from tritonimplicit.operators import Solve
 
 
 def custom_fixed_point(

@@ -19,7 +19,7 @@ from tritonimplicit.linear_solve.solve import (
     batch_first,
     replace_at,
 )
-from tritonimplicit.operators import Jacobian, Tensors
+from tritonimplicit.operators import Tensors
 from tritonimplicit.torch_internals import (
     forward_rule,
     in_trace,
@@ -129,8 +129,9 @@ def _pulled(
     """Return the cotangents of the args numbered by `wrt`, differentiable if that is asked for."""
     if in_trace() or transforms_active():
         return differentiable_root_vjp(family, x, args, wrt, cotangents)
-    jacobian = Jacobian(family.fn, x, args, wrt)
-    warn_of_hidden_leaves(jacobian.outputs, jacobian.leaves)
-    if torch.is_grad_enabled():  # create_graph=True
-        return differentiable_root_vjp(family, x, args, wrt, cotangents)
-    return root_vjp(family, jacobian, cotangents)
+    with family.stream(x[0].device):
+        jacobian = family.recorded(x, args, wrt)
+        warn_of_hidden_leaves(jacobian.outputs, jacobian.leaves)
+        if not torch.is_grad_enabled():
+            return root_vjp(family, jacobian, cotangents)
+    return differentiable_root_vjp(family, x, args, wrt, cotangents)  # create_graph=True

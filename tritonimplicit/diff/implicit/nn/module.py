@@ -15,7 +15,7 @@ from tritonimplicit.diff.implicit.decorator import custom_root
 from tritonimplicit.diff.implicit.nn.meta import MetaGradientModule
 from tritonimplicit.diff.implicit.nn.replica import replicate
 from tritonimplicit.diff.implicit.nn.solved import SolvedModule
-from tritonimplicit.linear_solve.base import Solve
+from tritonimplicit.operators import Solve
 
 Tensors: TypeAlias = "tuple[Tensor, ...]"
 M = TypeVar("M", bound="ImplicitMetaGradientModule")
@@ -165,7 +165,8 @@ def enable_implicit_gradients(cls: type[M]) -> type[M]:
             snapshot.take(module, names)
             return tuple(p.detach().clone() for p in _named(module, names))
 
-        implicit = custom_root(_residual, argnums=1, solve=type(self).linear_solve)(solver)
+        residual = _gradient if _is_derived(type(self)) else _residual
+        implicit = custom_root(residual, argnums=1, solve=type(self).linear_solve)(solver)
         frozen = tuple(p for name, p in self.named_parameters() if name not in names)
         solution = implicit((), meta, frozen, _Snapshot(), *args, **kwargs)
         self._issue(zip(solution, _named(self, names), strict=True))
@@ -225,6 +226,14 @@ def _residual(
                 f"of shape {tuple(param.shape)}."
             )
     return tuple(residual)
+
+
+def _gradient(*args: Any, **kwargs: Any) -> Tensors:
+    """`_residual`, where the optimality is derived from an objective."""
+    return _residual(*args, **kwargs)
+
+
+_gradient.is_gradient = True  # type: ignore[attr-defined]
 
 
 def _with_tensors(module: M, old: Tensors, new: Tensors) -> M:

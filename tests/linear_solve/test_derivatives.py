@@ -1,0 +1,257 @@
+"""Solvers called directly are differentiable in b, in the ridge and in what the matvec depends on."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import tritonimplicit as ti
+from tritonimplicit import LinearOperator
+from tritonimplicit.linalg import cg, ns, ns_inv
+from tritonimplicit.linear_solve import CG, Dense, Neumann, NormalCG
+
+DOUBLE = torch.float64
+SOLVERS = {
+    "cg": CG(rtol=1e-13),
+    "normal_cg": NormalCG(rtol=1e-13),
+    "neumann": Neumann(rtol=1e-13, maxiter=1000, alpha=0.25),
+    "dense": Dense(),
+    "cholesky": Dense(positive_definite=True),
+}
+every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+forward_ad = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def root_of_spd(n=4):
+    """A = W W^T / n + I / 2 has eigenvalues of order one."""
+    return torch.randn(n, n, dtype=DOUBLE, requires_grad=True)
+
+
+def symmetric(w):
+    return w @ w.mT / w.shape[-1] + 0.5 * torch.eye(w.shape[-1], dtype=DOUBLE)
+
+
+def by_closure(solver, w, b, ridge=None):
+    a = symmetric(w)
+    return solver(lambda v: a @ v, b, ridge=ridge)
+
+
+def by_operator(solver, w, b, ridge=None):
+    return solver(LinearOperator(lambda v, a: a @ v, symmetric(w)), b, ridge=ridge)
+
+
+both_forms = pytest.mark.parametrize("solve", [by_closure, by_operator])
+
+
+@every_solver
+@both_forms
+def test_first_and_second_derivatives(solver, solve):
+    w, b = root_of_spd(), torch.randn(4, dtype=DOUBLE, requires_grad=True)
+    assert gradcheck(lambda w, b: solve(solver, w, b), (w, b))
+    assert gradgradcheck(lambda w, b: solve(solver, w, b), (w, b))
+
+
+@every_solver
+@both_forms
+def test_derivatives_by_the_ridge(solver, solve):
+    w, b = root_of_spd(), torch.randn(4, dtype=DOUBLE)
+    ridge = torch.tensor(0.3, dtype=DOUBLE, requires_grad=True)
+    assert gradcheck(lambda w, r: solve(solver, w, b, r), (w, ridge))
+    assert gradgradcheck(lambda w, r: solve(solver, w, b, r), (w, ridge))
+
+
+@pytest.mark.parametrize("ridge", [0.3, torch.tensor([0.3, 0.9], dtype=DOUBLE)], ids=str)
+@both_forms
+def test_a_ridge_on_the_normal_equations_is_not_one_on_the_matrix(solve, ridge):
+    """x = (A^T A + ridge)^-1 A^T b, with a float too: its derivative in A is not that of A^-1 b."""
+    a = torch.randn(4, 4, dtype=DOUBLE, requires_grad=True)
+    b = torch.randn(2, 4, dtype=DOUBLE)
+    solver = NormalCG(rtol=1e-14, ridge=ridge, batch_ndim=1)
+    fn = lambda v, a: v @ a.mT  # noqa: E731
+    matvec = LinearOperator(fn, a) if solve is by_operator else lambda v: fn(v, a)
+    (got,) = torch.autograd.grad(solver(matvec, b).sin().sum(), a)
+    shift = torch.as_tensor(ridge, dtype=DOUBLE).expand(2)[:, None, None]
+    normal = a.mT @ a + shift * torch.eye(4, dtype=DOUBLE)
+    exact = torch.linalg.solve(normal, b @ a)
+    torch.testing.assert_close(got, torch.autograd.grad(exact.sin().sum(), a)[0])
+
+
+@both_forms
+def test_a_third_derivative(solve):
+    w, b = root_of_spd(3), torch.randn(3, dtype=DOUBLE)
+    got = expected = None
+    for x in (solve(SOLVERS["cg"], w, b), torch.linalg.solve(symmetric(w), b)):
+        y = x.sin().sum()
+        for _ in range(3):
+            (g,) = torch.autograd.grad(y, w, create_graph=True)
+            y = g.square().sum()
+        got, expected = expected, y
+    torch.testing.assert_close(got, expected)
+
+
+@forward_ad
+def test_a_hessian_by_autograd_is_differentiated_through_its_closure():
+    """x = H(w)^-1 b with H v by torch.autograd.grad; no function of w is at hand to re-evaluate."""
+    w = torch.randn(5, dtype=DOUBLE, requires_grad=True)
+    b = torch.randn(5, dtype=DOUBLE)
+
+    def energy(w):
+        return w.cosh().sum() + 0.1 * w.sum() ** 2
+
+    (gradient,) = torch.autograd.grad(energy(w), w, create_graph=True)
+
+    def hvp(v):
+        return torch.autograd.grad(gradient, w, v, create_graph=torch.is_grad_enabled(), retain_graph=True)[0]
+
+    (got,) = torch.autograd.grad(CG(rtol=1e-13)(hvp, b).sin().sum(), w)
+    exact = torch.linalg.solve(torch.func.hessian(energy)(w), b)
+    torch.testing.assert_close(got, torch.autograd.grad(exact.sin().sum(), w)[0])
+
+
+def test_the_matvecs_of_a_differentiated_solve():
+    """A closure without gradients costs nothing; one with costs one product, for its graph."""
+    scale, calls = torch.linspace(1, 2, 8, dtype=DOUBLE), []
+
+    def matvec(v):
+        calls.append(1)
+        return scale * v
+
+    counts = []
+    for requires_grad in (False, True):
+        scale.requires_grad_(requires_grad)
+        calls.clear()
+        CG(rtol=1e-10)(matvec, torch.ones(8, dtype=DOUBLE))
+        counts.append(len(calls))
+    assert counts[1] == counts[0] + 1
+
+
+def test_a_solve_without_iterations_keeps_its_graph():
+    scale = torch.ones(3, dtype=DOUBLE, requires_grad=True)
+    x = CG(maxiter=0)(lambda v: scale * v, torch.zeros(3, dtype=DOUBLE))
+    (g,) = torch.autograd.grad(x.sum(), scale)
+    assert g.tolist() == [0, 0, 0]
+
+
+@both_forms
+def test_a_change_in_place_is_noticed(solve):
+    w, b = root_of_spd(), torch.randn(4, dtype=DOUBLE)
+    x = solve(CG(), w, b)
+    with torch.no_grad():
+        w.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        x.sum().backward()
+
+
+def test_pytrees_and_batches():
+    a = (torch.rand(3, 4, dtype=DOUBLE) + 1).requires_grad_()
+    c = (torch.rand(3, dtype=DOUBLE) + 1).requires_grad_()
+    b = {"u": torch.randn(3, 4, dtype=DOUBLE), "v": torch.randn(3, 1, dtype=DOUBLE)}
+
+    def fn(v, t):
+        return {"u": t[0] * v["u"], "v": t[1][:, None] * v["v"]}
+
+    solver = CG(rtol=1e-13, batch_ndim=1)
+    for matvec in (LinearOperator(fn, (a, c)), lambda v: fn(v, (a, c))):
+        x = solver(matvec, b)
+        got = torch.autograd.grad(x["u"].sin().sum() + x["v"].exp().sum(), (a, c))
+        exact = (b["u"] / a).sin().sum() + (b["v"][:, 0] / c).exp().sum()
+        torch.testing.assert_close(got, torch.autograd.grad(exact, (a, c)))
+
+
+@forward_ad
+@every_solver
+def test_every_transform_of_an_operator(solver):
+    w, b = root_of_spd().detach(), torch.randn(4, dtype=DOUBLE)
+    ours = lambda w, b: by_operator(solver, w, b)  # noqa: E731
+    exact = lambda w, b: torch.linalg.solve(symmetric(w), b)  # noqa: E731
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        for argnum in (0, 1):
+            got = transform(ours, argnums=argnum)(w, b)
+            torch.testing.assert_close(got, transform(exact, argnums=argnum)(w, b))
+    scalar = lambda solve: lambda w: solve(w, b).sin().sum()  # noqa: E731
+    hessians = [torch.func.hessian(scalar(solve))(w) for solve in (ours, exact)]
+    torch.testing.assert_close(*hessians)
+
+
+def test_a_vmap_over_everything_is_one_batched_solve():
+    ws, bs = torch.randn(5, 4, 4, dtype=DOUBLE), torch.randn(5, 4, dtype=DOUBLE)
+    ridges, guesses = torch.rand(5, dtype=DOUBLE), torch.randn(5, 4, dtype=DOUBLE)
+
+    def solve(w, b, ridge, init):
+        solver = CG(rtol=1e-13, ridge=ridge, init=init)
+        return by_operator(dataclasses.replace(solver), w, b, ridge)
+
+    with ti.record_solves() as log:
+        x = torch.func.vmap(solve)(ws, bs, ridges, guesses)
+    assert [solution.status.shape for solution in log] == [(5,)]
+    matrices = symmetric(ws) + ridges[:, None, None] * torch.eye(4, dtype=DOUBLE)
+    torch.testing.assert_close(x, torch.linalg.solve(matrices, bs))
+    # From an exact guess no iteration is needed: the guesses have reached their systems.
+    with ti.record_solves() as log:
+        torch.func.vmap(solve)(ws, bs, ridges, x)
+    assert log[0].iterations.max() <= 1
+
+
+def test_settings_that_are_not_vmapped_hold_for_every_system():
+    bs, guess = torch.randn(5, 2, 4, dtype=DOUBLE), torch.randn(2, 4, dtype=DOUBLE)
+    ridge = torch.tensor([0.5, 1.0], dtype=DOUBLE)
+    solver = CG(rtol=1e-13, ridge=ridge, init=guess, batch_ndim=1)
+    x = torch.func.vmap(lambda b: solver(lambda v: v, b))(bs)
+    torch.testing.assert_close(x, bs / (1 + ridge[:, None]))
+
+
+def test_matrices_are_differentiable_under_vmap_and_grad():
+    matrices = symmetric(torch.randn(3, 4, 4, dtype=DOUBLE))
+    bs = torch.randn(3, 4, dtype=DOUBLE)
+    for ours in (
+        lambda a, b: cg(a, b, rtol=1e-13).sin().sum(),
+        lambda a, b: ns(a, b, 600, alpha=0.3).sin().sum(),
+        lambda a, b: (ns_inv(a, 600, alpha=0.3) @ b).sin().sum(),
+    ):
+        got = torch.func.vmap(torch.func.grad(ours))(matrices, bs)
+        exact = torch.func.grad(lambda a: torch.linalg.solve(a, bs).sin().sum())(matrices)
+        torch.testing.assert_close(got, exact)
+
+
+def test_a_closure_over_a_transformed_tensor_is_an_error_that_names_the_way_out():
+    b = torch.ones(4, dtype=DOUBLE)
+    for solver in SOLVERS.values():
+        with pytest.raises(RuntimeError, match="LinearOperator"):
+            torch.func.grad(lambda w, s=solver: by_closure(s, w, b).sum())(root_of_spd().detach())
+
+
+def test_a_closures_gradient_is_not_lost_where_a_transform_works_on_b():
+    scale = torch.ones(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="LinearOperator"):
+        torch.func.grad(lambda b: CG()(lambda v: scale * v, b).sum())(torch.ones(3))
+
+
+def test_a_differentiated_ridge_inside_custom_root():
+    """Of the hypergradient by the ridge: u = (A + ridge)^-1 g, so du / d ridge = -(A + ridge)^-1 u."""
+    ridge = torch.tensor(0.5, dtype=DOUBLE, requires_grad=True)
+    scale = torch.tensor([1.0, 3.0], dtype=DOUBLE)
+    theta = torch.ones(2, dtype=DOUBLE, requires_grad=True)
+    root = ti.custom_root(lambda x, t: scale * x - t, argnums=1, solve=CG(rtol=1e-13, ridge=ridge))
+    x = root(lambda _, t: t / scale)(torch.zeros(2, dtype=DOUBLE), theta)
+    (g,) = torch.autograd.grad(x.sum(), theta, create_graph=True)
+    torch.testing.assert_close(g, 1 / (scale + ridge))
+    (second,) = torch.autograd.grad(g.sum(), ridge)
+    torch.testing.assert_close(second, (-1 / (scale + ridge) ** 2).sum())
+    normal = dataclasses.replace(NormalCG(), ridge=ridge)
+    root = ti.custom_root(lambda x, t: scale * x - t, argnums=1, solve=normal)
+    x = root(lambda _, t: t / scale)(torch.zeros(2, dtype=DOUBLE), theta)
+    with pytest.raises(RuntimeError, match="A\\^T A"):
+        torch.autograd.grad(x.sum(), theta, create_graph=True)
+
+
+def test_operators_are_checked():
+    with pytest.raises(TypeError, match="function"):
+        LinearOperator(torch.eye(2))
+    with pytest.raises(TypeError, match="float"):
+        LinearOperator(lambda v, a: a * v, 2.0)

@@ -1,0 +1,116 @@
+"""What iterative solvers have in common: tolerances, limits, an initial guess, polls."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import optree
+import torch
+from torch import Tensor
+
+import tritonimplicit_kernels as kernels
+from tritonimplicit.diagnostics import Status, TensorTree
+from tritonimplicit.linear_solve.base import LinearSolver, check_choice, check_count, check_real
+from tritonimplicit.linear_solve.rows import RowMatvec
+from tritonimplicit.vectors import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterativeSolver(LinearSolver):
+    """A solver that refines x until ‖b - A x‖ <= max(rtol ‖b‖, atol), for each system by itself.
+
+    A residual at rounding level, eps ‖b‖ in the working precision, always counts as converged.
+    `maxiter` None is min(10 n, 1000) for n unknowns a system. `init` is the initial guess (None:
+    zero), shaped as b. The host asks every `check_every` iterations whether a system still runs
+    (None: each iteration; 0: never, so that all of `maxiter` is done without a host
+    synchronisation, if `on_failure` is "ignore").
+    """
+
+    rtol: float = 1e-5
+    atol: float = 0.0
+    maxiter: int | None = None
+    init: TensorTree | None = None
+    check_every: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        for name in ("rtol", "atol"):
+            check_real(name, getattr(self, name))
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)!r}.")
+        for name in ("maxiter", "check_every"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+
+    def iteration_limit(self, layout: Layout) -> int:
+        """`maxiter`, or its default for this size."""
+        return min(10 * layout.n, 1000) if self.maxiter is None else self.maxiter
+
+    def tolerance(self, b_norm: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B,) float64: the residual norm at or below which a system of `dtype` has converged."""
+        relative = max(self.rtol, torch.finfo(dtype).eps)
+        return (relative * b_norm).clamp(min=self.atol)
+
+    def start(self, apply: RowMatvec, b: Tensor, b_norm: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 and b - A x0, both new (B, ld) buffers."""
+        if self.init is None:
+            return torch.zeros_like(b), b.clone()
+        check_init(self.init, apply.layout)
+        x = apply.layout.flatten(self.init, "init")
+        # A x = 0 is solved by zero, exactly; from any other start no relative tolerance can be met.
+        x.masked_fill_((b_norm == 0)[:, None], 0.0)
+        return x, apply.residual(x, b).clone()
+
+    def in_graphs(self) -> bool:
+        """Whether the iterations are to be captured in CUDA graphs."""
+        return False
+
+    def vmapped(self, sizes: torch.Size) -> LinearSolver:
+        """Return the solver for systems numbered by leading dimensions of these sizes as well."""
+        init = optree.tree_map(lambda t: t.expand(*sizes, *t.shape), self.init)
+        return dataclasses.replace(super().vmapped(sizes), init=init)  # type: ignore[call-arg]
+
+    def _expected(self) -> frozenset[Status]:
+        if self.rtol == 0 and self.atol == 0:  # no tolerance asked for: any residual is in order
+            return frozenset({Status.MAX_ITERATIONS, Status.STAGNATED})
+        return frozenset() if self.maxiter is None else frozenset({Status.MAX_ITERATIONS})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedSolver(IterativeSolver):
+    """A solver whose vector work is fused: it launches the kernels of `tritonimplicit_kernels`.
+
+    `backend` is "auto" (Triton on a GPU), "reference" (plain torch) or "triton". `cuda_graph`
+    captures `check_every` iterations (an even number; None: 8), matvecs included, in a CUDA graph
+    and replays it; where that cannot be done there is a warning, and the solve goes on without.
+    """
+
+    backend: str = "auto"
+    cuda_graph: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        check_choice("backend", self.backend, kernels.BACKENDS)
+        if not isinstance(self.cuda_graph, bool):
+            raise TypeError(f"cuda_graph must be a bool, not {type(self.cuda_graph).__name__}.")
+        if self.cuda_graph and (self.check_every == 0 or (self.check_every or 8) % 2):
+            raise ValueError(
+                "cuda_graph=True captures check_every iterations, which must be even and more "
+                f"than 0, not {self.check_every}."
+            )
+
+    def in_graphs(self) -> bool:
+        """Whether the iterations are to be captured in CUDA graphs."""
+        return self.cuda_graph
+
+
+def check_init(init: TensorTree, layout: Layout) -> None:
+    """Raise ValueError where the initial guess and b have different shapes."""
+    shapes = tuple(getattr(leaf, "shape", None) for leaf in optree.tree_leaves(init))
+    if shapes != layout.shapes:
+        raise ValueError(
+            f"Tensors in x0 and b must have matching shapes: {shapes} vs. {layout.shapes}."
+        )
