@@ -1,5 +1,6 @@
 """What each private part of PyTorch is used for: a new version that changes one fails here."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from torch.autograd import forward_ad
 
 from tritonimplicit.torch_internals import (
     forward_rule,
+    is_gradient,
     is_transformed,
     transforms_active,
     untraced,
@@ -78,3 +80,20 @@ def test_the_forward_rule_nests_and_sees_primal_values():
         warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
         second = derivative(derivative(Square.apply))(torch.tensor(3.0))
     assert second.item() == 2
+
+
+def test_a_gradient_by_its_first_argument_is_recognised():
+    def fn(x, y):
+        return (x * y).sum()
+
+    assert is_gradient(torch.func.grad(fn))
+    for other in (
+        fn,
+        torch.func.grad(fn, argnums=1),
+        torch.func.grad(fn, argnums=(0, 1)),
+        torch.func.grad(fn, has_aux=True),
+        torch.func.jacrev(fn),
+        functools.partial(torch.func.grad(fn), y=1.0),
+        torch.sum,
+    ):
+        assert not is_gradient(other)

@@ -1,4 +1,4 @@
-"""What a linear solve reports of itself: a status a system, and the warnings or errors that follow."""
+"""What a linear solve reports of itself: a status a system, and the warnings that follow."""
 
 from __future__ import annotations
 
@@ -113,7 +113,9 @@ ON_FAILURE: Final = ("warn", "raise", "ignore")
 
 def statuses_in(status: Tensor) -> frozenset[Status]:
     """The statuses that occur in `status`; the host reads the device once."""
-    codes_of_all = torch.tensor(list(Status), dtype=status.dtype).to(status.device, non_blocking=True)
+    codes_of_all = torch.tensor(list(Status), dtype=status.dtype).to(
+        status.device, non_blocking=True
+    )
     present = (status.flatten() == codes_of_all[:, None]).any(1).tolist()
     return frozenset(code for code, occurs in zip(Status, present, strict=True) if occurs)
 
@@ -158,4 +160,6 @@ def _describe(solution: Solution, status: Status, counted: bool) -> str:
     which = f"{some} of {total} systems" if total > 1 else "the system"
     if not counted:
         return f"{which} {status.advice}"
-    return f"{which} {status.advice} (residual norm {float(solution.residual_norm[failed].max()):.1e})"
+    return (
+        f"{which} {status.advice} (residual norm {float(solution.residual_norm[failed].max()):.1e})"
+    )

@@ -147,7 +147,8 @@ class LinearOperator:
         self.fn, self.tensors = fn, tensors
         self.symmetric = symmetric or positive_definite
         self.positive_definite = positive_definite
-        self.leaves, self._spec = optree.tree_flatten(tensors)
+        tree: TensorTree = tensors
+        self.leaves, self._spec = optree.tree_flatten(tree)
         for leaf in self.leaves:
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"tensors has a leaf of type {type(leaf).__name__}, not a tensor.")
@@ -183,7 +184,7 @@ class LinearMap:
 
 
 def shifted(matvec: Matvec, ridge: Tensor, batch_ndim: int) -> Matvec:
-    """v -> A v + ridge v; a ridge that is not 0-dim has the shape of the `batch_ndim` dimensions."""
+    """v -> A v + ridge v; the ridge is 0-dim or has the shape of the `batch_ndim` dimensions."""
 
     def add(product: TensorTree, v: TensorTree, ridge: Tensor) -> TensorTree:
         leaves, spec = optree.tree_flatten(v)

@@ -1,4 +1,4 @@
-"""Solvers called directly are differentiable in b, in the ridge and in what the matvec depends on."""
+"""Solvers called directly are differentiable in b, the ridge and what the matvec depends on."""
 
 import dataclasses
 
@@ -107,7 +107,9 @@ def test_a_hessian_by_autograd_is_differentiated_through_its_closure():
     (gradient,) = torch.autograd.grad(energy(w), w, create_graph=True)
 
     def hvp(v):
-        return torch.autograd.grad(gradient, w, v, create_graph=torch.is_grad_enabled(), retain_graph=True)[0]
+        return torch.autograd.grad(
+            gradient, w, v, create_graph=torch.is_grad_enabled(), retain_graph=True
+        )[0]
 
     (got,) = torch.autograd.grad(CG(rtol=1e-13)(hvp, b).sin().sum(), w)
     exact = torch.linalg.solve(torch.func.hessian(energy)(w), b)
@@ -233,7 +235,7 @@ def test_a_closures_gradient_is_not_lost_where_a_transform_works_on_b():
 
 
 def test_a_differentiated_ridge_inside_custom_root():
-    """Of the hypergradient by the ridge: u = (A + ridge)^-1 g, so du / d ridge = -(A + ridge)^-1 u."""
+    """As u = (A + ridge)^-1 g, du / d ridge = -(A + ridge)^-1 u."""
     ridge = torch.tensor(0.5, dtype=DOUBLE, requires_grad=True)
     scale = torch.tensor([1.0, 3.0], dtype=DOUBLE)
     theta = torch.ones(2, dtype=DOUBLE, requires_grad=True)

@@ -21,8 +21,9 @@ def ns(
 ) -> TensorTree:
     """Approximate A^-1 b by alpha * sum over k = 0 .. maxiter of (I - alpha A)^k b.
 
-    `A` as in `cg`, but it need not be symmetric; derivatives are those of A^-1 b. `maxiter` None is 10, `alpha` None is 1.
-    Warnings and errors are those of `linear_solve.Neumann`.
+    `A` as in `cg`, but it need not be symmetric; derivatives are those of A^-1 b.
+    `maxiter` None is 10, `alpha` None is 1. Warnings and errors are those of
+    `linear_solve.Neumann`.
     """
     return Neumann(maxiter=maxiter, alpha=alpha)(as_matvec(A, b), b)
 

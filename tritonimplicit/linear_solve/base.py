@@ -92,9 +92,7 @@ class LinearSolver(abc.ABC):
             report_failures(solution, present, self._expected(), self.on_failure)
         return solution.value
 
-    def equation(
-        self, matvec: Matvec, b: TensorTree
-    ) -> tuple[LinearSolver, Matvec, TensorTree]:
+    def equation(self, matvec: Matvec, b: TensorTree) -> tuple[LinearSolver, Matvec, TensorTree]:
         """Return (solver, A, b) with the same x, whose A x = b has no ridge apart from a float's.
 
         Derivatives are taken of this equation.
@@ -108,6 +106,10 @@ class LinearSolver(abc.ABC):
         """Return the solver of the equation whose matrix has the ridge in it."""
         return dataclasses.replace(self, ridge=None)
 
+    def without_guess(self) -> LinearSolver:
+        """Return the solver for another right hand side, of which nothing is known."""
+        return self
+
     def vmapped(self, sizes: torch.Size) -> LinearSolver:
         """Return the solver for systems numbered by leading dimensions of these sizes too."""
         ridge = self.ridge
@@ -115,9 +117,7 @@ class LinearSolver(abc.ABC):
             ridge = ridge.expand(*sizes, *ridge.shape)
         return dataclasses.replace(self, ridge=ridge, batch_ndim=len(sizes) + self.batch_ndim)
 
-    def _solve(
-        self, matvec: Matvec, b: TensorTree
-    ) -> tuple[Solution, frozenset[Status] | None]:
+    def _solve(self, matvec: Matvec, b: TensorTree) -> tuple[Solution, frozenset[Status] | None]:
         """`solve`, and the statuses that occur, where the host has read them already."""
         if not callable(matvec):
             raise TypeError(

@@ -6,7 +6,6 @@ take the product anew, so that any function will do, a Hessian by torch.autograd
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import optree
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor
 
 from tritonimplicit.diagnostics import TensorTree
-from tritonimplicit.linear_solve.solve import guess_of
+from tritonimplicit.linear_solve.solve import OwnSolver
 from tritonimplicit.operators import Matvec, Tensors, graph_leaves, transpose
 
 
-def solve_closed(solver: Any, matvec: Matvec, b: TensorTree) -> TensorTree:
+def solve_closed(solver: OwnSolver, matvec: Matvec, b: TensorTree) -> TensorTree:
     """Return x with A x = b, differentiable by autograd in b and in leaves that `matvec` reaches.
 
     Where nothing requires grad this costs nothing; else the products of a solve, and one more.
@@ -26,7 +25,7 @@ def solve_closed(solver: Any, matvec: Matvec, b: TensorTree) -> TensorTree:
     watch = _Watch(matvec)
     with torch.no_grad():
         x = solver.solve_plain(watch, b)
-    inputs = [*optree.tree_leaves(b), getattr(solver, "ridge", None)]
+    inputs = [*optree.tree_leaves(b), solver.ridge]
     given = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
     if not (watch.looked or given):  # maxiter = 0, for one
         with torch.no_grad():
@@ -65,10 +64,9 @@ class _Watch:
 class _Problem:
     """What the graph keeps of a solve besides tensors; `values` is handed over to it once."""
 
-    def __init__(self, solver: Any, matvec: Matvec, spec: optree.PyTreeSpec, values: Tensors):
-        if guess_of(solver) is not None:  # it is one for b
-            solver = dataclasses.replace(solver, init=None)
-        self.solver, self.matvec, self.spec = solver, matvec, spec
+    def __init__(self, solver: OwnSolver, matvec: Matvec, spec: optree.PyTreeSpec, values: Tensors):
+        self.solver = solver.without_guess()  # which is one for b
+        self.matvec, self.spec = matvec, spec
         self.values = values
 
     def product(self, v: Tensors) -> list[Tensor]:

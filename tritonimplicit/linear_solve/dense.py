@@ -64,7 +64,9 @@ def _cholesky(matrix: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _residual_norm(matrix: Tensor, x: Tensor, b: Tensor) -> Tensor:
     """(B,) float64: ‖b - A x‖, in float64 whatever the working precision."""
-    return kernels.row_norms(b.double() - torch.bmm(matrix.double(), x.double()[:, :, None])[:, :, 0])
+    return kernels.row_norms(
+        b.double() - torch.bmm(matrix.double(), x.double()[:, :, None])[:, :, 0]
+    )
 
 
 def _true_elements(layout: Layout) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
 import optree
 import torch
 from torch import Tensor
@@ -11,43 +9,28 @@ from torch import Tensor
 from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linear_solve.closed import solve_closed
 from tritonimplicit.linear_solve.rows import hidden_derivative
-from tritonimplicit.linear_solve.solve import LinearFamily, guess_of, linear_solve
+from tritonimplicit.linear_solve.solve import LinearFamily, OwnSolver, guess_of, linear_solve
 from tritonimplicit.operators import LinearOperator, Matvec, Tensors
 from tritonimplicit.torch_internals import forward_ad_active, has_derivative, transforms_active
 from tritonimplicit.vectors import Layout
 
 
-class DirectSolver(Protocol):
-    """What `solve_directly` asks of a solver; `LinearSolver` says what each means."""
-
-    batch_ndim: int
-    ridge: float | Tensor | None
-
-    def solve_plain(self, matvec: Matvec, b: TensorTree) -> TensorTree:
-        """Solve, without derivatives."""
-        ...
-
-    def equation(self, matvec: Matvec, b: TensorTree) -> tuple[Any, Matvec, TensorTree]:
-        """Return (solver, A, b), of which derivatives are taken."""
-        ...
-
-
-def solve_directly(solver: DirectSolver, matvec: Matvec, b: TensorTree) -> TensorTree:
-    """Return x with A x = b, differentiable in b, in the ridge and in what the matvec depends on."""
+def solve_directly(solver: OwnSolver, matvec: Matvec, b: TensorTree) -> TensorTree:
+    """Return x with A x = b, differentiable in b, the ridge and what the matvec depends on."""
     transformed = transforms_active() or forward_ad_active()
-    opened = isinstance(matvec, LinearOperator)
-    if not (transformed or opened):
-        recorded = torch.is_grad_enabled() and callable(matvec)
-        return (solve_closed if recorded else type(solver).solve_plain)(solver, matvec, b)
+    if not (transformed or isinstance(matvec, LinearOperator)):
+        if torch.is_grad_enabled() and callable(matvec):
+            return solve_closed(solver, matvec, b)
+        return solver.solve_plain(matvec, b)
     watched = [*optree.tree_leaves(b), solver.ridge, *optree.tree_leaves(guess_of(solver))]
-    if opened:
+    if isinstance(matvec, LinearOperator):
         watched += matvec.leaves
     if not any(isinstance(t, Tensor) and has_derivative(t) for t in watched):
         return solver.solve_plain(matvec, b)
     return _solve_openly(solver, matvec, b)
 
 
-def _solve_openly(solver: DirectSolver, matvec: Matvec, b: TensorTree) -> TensorTree:
+def _solve_openly(solver: OwnSolver, matvec: Matvec, b: TensorTree) -> TensorTree:
     """By the autograd.Function that holds under every transform, all tensors given openly."""
     layout = Layout.of(b, solver.batch_ndim)
     init = tuple(optree.tree_leaves(guess_of(solver)))
@@ -74,9 +57,7 @@ def _solve_openly(solver: DirectSolver, matvec: Matvec, b: TensorTree) -> Tensor
 
 def _refuse_closure(matvec: Matvec, like: TensorTree) -> None:
     """Raise RuntimeError if the matvec's result depends on more than its argument: one product."""
-    zeros = optree.tree_map(
-        lambda t: torch.zeros(t.shape, dtype=t.dtype, device=t.device), like
-    )
+    zeros = optree.tree_map(lambda t: torch.zeros(t.shape, dtype=t.dtype, device=t.device), like)
     with torch.enable_grad():
         product = matvec(zeros)
     if any(isinstance(t, Tensor) and has_derivative(t) for t in optree.tree_leaves(product)):

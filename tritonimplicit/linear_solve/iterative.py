@@ -67,9 +67,14 @@ class IterativeSolver(LinearSolver):
         """Whether the iterations are to be captured in CUDA graphs."""
         return False
 
+    def without_guess(self) -> IterativeSolver:
+        """Return the solver with no initial guess, for another right hand side."""
+        return self if self.init is None else dataclasses.replace(self, init=None)
+
     def vmapped(self, sizes: torch.Size) -> LinearSolver:
         """Return the solver for systems numbered by leading dimensions of these sizes as well."""
-        init = optree.tree_map(lambda t: t.expand(*sizes, *t.shape), self.init)
+        init: TensorTree = self.init
+        init = optree.tree_map(lambda t: t.expand(*sizes, *t.shape), init)
         return dataclasses.replace(super().vmapped(sizes), init=init)  # type: ignore[call-arg]
 
     def _expected(self) -> frozenset[Status]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import Status, statuses_in
-from tritonimplicit.linear_solve.iterative import IterativeSolver
 from tritonimplicit.linear_solve.graphs import capture
+from tritonimplicit.linear_solve.iterative import IterativeSolver
 from tritonimplicit.linear_solve.progress import Poll, Progress
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit_kernels import status as codes
@@ -36,7 +36,7 @@ class Recurrence(abc.ABC):
     def restart(self, rows: Tensor, residual: Tensor) -> None:
         """Begin again at x for the systems numbered by `rows`; `residual` (B, ld) is b - A x."""
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027
         """Bring x up to date, where steps leave that to the end of a cycle."""
 
 
@@ -126,5 +126,5 @@ def _vanishing(b: Tensor) -> Tensor | None:
     """(B,) whether a right hand side is too small for any residual to be judged; None: no."""
     if b.dtype is not torch.float64:
         return None
-    largest = torch.linalg.vector_norm(b, math.inf, dim=1)
+    largest: Tensor = torch.linalg.vector_norm(b, math.inf, dim=1)
     return (largest > 0) & (largest < _SMALLEST)

@@ -11,9 +11,9 @@ import torch
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
-from tritonimplicit.linear_solve.iterative import FusedSolver
 from tritonimplicit.linear_solve.base import LinearSolver
 from tritonimplicit.linear_solve.cg import CG, conjugate_gradient
+from tritonimplicit.linear_solve.iterative import FusedSolver
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution, refuse_gradient
 from tritonimplicit.operators import LinearOperator, Matvec, transpose
 from tritonimplicit.vectors import Layout
@@ -29,9 +29,7 @@ class NormalCG(FusedSolver):
     `.T`, or recorded from it by autograd.
     """
 
-    def equation(
-        self, matvec: Matvec, b: TensorTree
-    ) -> tuple[LinearSolver, Matvec, TensorTree]:
+    def equation(self, matvec: Matvec, b: TensorTree) -> tuple[LinearSolver, Matvec, TensorTree]:
         """Return (solver, A, b) with the same x: with a ridge, the normal equations' own."""
         if self.ridge is None:
             return self, matvec, b

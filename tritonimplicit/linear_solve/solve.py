@@ -31,6 +31,34 @@ MaybeTensors: TypeAlias = tuple[Tensor | None, ...]
 Dims: TypeAlias = tuple[int | None, ...]
 
 
+@runtime_checkable
+class OwnSolver(Protocol):
+    """What derivatives ask of a solver of this library; `LinearSolver` says what each means."""
+
+    @property
+    def batch_ndim(self) -> int: ...  # noqa: D102
+
+    @property
+    def ridge(self) -> float | Tensor | None: ...  # noqa: D102
+
+    @property
+    def symmetric(self) -> bool: ...  # noqa: D102
+
+    def __call__(self, matvec: Matvec, b: TensorTree, **overrides: Any) -> TensorTree: ...  # noqa: D102
+
+    def solve_plain(self, matvec: Matvec, b: TensorTree) -> TensorTree: ...  # noqa: D102
+
+    def equation(  # noqa: D102
+        self, matvec: Matvec, b: TensorTree
+    ) -> tuple[OwnSolver, Matvec, TensorTree]: ...
+
+    def open_ridge(self) -> OwnSolver: ...  # noqa: D102
+
+    def without_guess(self) -> OwnSolver: ...  # noqa: D102
+
+    def vmapped(self, sizes: torch.Size) -> OwnSolver: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class LinearFamily:
     """The linear maps A(x, args) = d fn / d x, and what solves with one; holds no tensors.
@@ -56,7 +84,7 @@ class LinearFamily:
 
     @property
     def _symmetric(self) -> bool:
-        return self.symmetric or getattr(self.solver, "symmetric", False)
+        return self.symmetric or (isinstance(self.solver, OwnSolver) and self.solver.symmetric)
 
     def solve(self, matvec: Matvec, b: Tensors, init: Tensors = ()) -> Tensors:
         """Return u with A u = b, systems of a vmap each by itself where the solver is ours.
@@ -65,7 +93,7 @@ class LinearFamily:
         ValueError for a solver that returns something else than tensors shaped as b.
         """
         solver = self.solver
-        if self.depth and isinstance(solver, Vmappable):
+        if self.depth and isinstance(solver, OwnSolver):
             solver = solver.vmapped(b[0].shape[: self.depth])
         overrides = {"init": init} if init else {}
         return _checked(solver(matvec, b, **overrides), b)
@@ -81,30 +109,23 @@ class LinearFamily:
 
     def without_guess(self) -> LinearFamily:
         """Return the family with a solver that starts from zero."""
-        if guess_of(self.solver) is None:
+        if not isinstance(self.solver, OwnSolver):
             return self
-        return dataclasses.replace(self, solver=dataclasses.replace(self.solver, init=None))
+        return dataclasses.replace(self, solver=self.solver.without_guess())
 
     def with_ridge_open(self, args: Tensors) -> tuple[LinearFamily, Tensors]:
         """Return the family and the args with a ridge that is differentiated among the args."""
-        ridge = getattr(self.solver, "ridge", None)
+        solver = self.solver
+        ridge = solver.ridge if isinstance(solver, OwnSolver) else None
         if not (isinstance(ridge, Tensor) and has_derivative(ridge)):
             return self, args
-        fn, solver, batch_ndim = self.fn, self.solver.open_ridge(), self.depth + self.solver.batch_ndim
+        assert isinstance(solver, OwnSolver)
+        fn, opened, batch_ndim = self.fn, solver.open_ridge(), self.depth + solver.batch_ndim
 
         def shifted_fn(x: Tensors, args: Tensors) -> Tensors:
             return add_scaled(fn(x, args[:-1]), x, args[-1], batch_ndim)
 
-        return dataclasses.replace(self, fn=shifted_fn, solver=solver), (*args, ridge)
-
-
-@runtime_checkable
-class Vmappable(Protocol):
-    """A solver that can be told of more batch dimensions."""
-
-    def vmapped(self, sizes: torch.Size) -> Solve:
-        """Return it for systems numbered by leading dimensions of these sizes as well."""
-        ...
+        return dataclasses.replace(self, fn=shifted_fn, solver=opened), (*args, ridge)
 
 
 def linear_solve(
@@ -128,7 +149,7 @@ def linear_solve(
     return u
 
 
-def guess_of(solver: object) -> TensorTree | None:
+def guess_of(solver: object) -> TensorTree:
     """Return the initial guess among a solver's fields, if it has such a field."""
     return getattr(solver, "init", None)
 
