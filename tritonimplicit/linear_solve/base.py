@@ -22,13 +22,14 @@ from tritonimplicit.diagnostics import (
 )
 from tritonimplicit.linear_solve.direct import solve_directly
 from tritonimplicit.linear_solve.rows import RowSolution
+from tritonimplicit.linear_solve.solve import OwnSolver
 from tritonimplicit.operators import Matvec, shifted
 from tritonimplicit.solve_log import record
 from tritonimplicit.vectors import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearSolver(abc.ABC):
+class LinearSolver(OwnSolver):
     """Solves A x = b for pytrees, given v -> A v.
 
     `ridge` (a float, or a tensor of the batch's shape) adds ridge * I to the matrix of the system
@@ -44,7 +45,6 @@ class LinearSolver(abc.ABC):
     on_failure: str = "warn"
 
     symmetric: ClassVar[bool] = False
-    """Whether the method takes A for symmetric, so that it stands for its transpose too."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -93,10 +93,7 @@ class LinearSolver(abc.ABC):
         return solution.value
 
     def equation(self, matvec: Matvec, b: TensorTree) -> tuple[LinearSolver, Matvec, TensorTree]:
-        """Return (solver, A, b) with the same x, whose A x = b has no ridge apart from a float's.
-
-        Derivatives are taken of this equation.
-        """
+        """Return (solver, A, b) with the same x, with a tensor ridge in A."""
         if not isinstance(self.ridge, Tensor):
             return self, matvec, b
         check_ridge(self.ridge, Layout.of(b, self.batch_ndim))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,32 +32,40 @@ MaybeTensors: TypeAlias = tuple[Tensor | None, ...]
 Dims: TypeAlias = tuple[int | None, ...]
 
 
-@runtime_checkable
-class OwnSolver(Protocol):
-    """What derivatives ask of a solver of this library; `LinearSolver` says what each means."""
+class OwnSolver(abc.ABC):
+    """What derivatives ask of a solver of this library; the fields are `LinearSolver`'s."""
 
-    @property
-    def batch_ndim(self) -> int: ...  # noqa: D102
+    batch_ndim: int
+    ridge: float | Tensor | None
+    symmetric: ClassVar[bool]
+    """Whether the method takes A for symmetric, so that it stands for its transpose too."""
 
-    @property
-    def ridge(self) -> float | Tensor | None: ...  # noqa: D102
+    @abc.abstractmethod
+    def __call__(self, matvec: Matvec, b: TensorTree, **overrides: Any) -> TensorTree:
+        """Return x with A x = b, differentiable."""
 
-    @property
-    def symmetric(self) -> bool: ...  # noqa: D102
+    @abc.abstractmethod
+    def solve_plain(self, matvec: Matvec, b: TensorTree) -> TensorTree:
+        """Return x with A x = b, not differentiable, and report failures."""
 
-    def __call__(self, matvec: Matvec, b: TensorTree, **overrides: Any) -> TensorTree: ...  # noqa: D102
+    @abc.abstractmethod
+    def equation(self, matvec: Matvec, b: TensorTree) -> tuple[OwnSolver, Matvec, TensorTree]:
+        """Return (solver, A, b) with the same x, with a tensor ridge and the like in A and b.
 
-    def solve_plain(self, matvec: Matvec, b: TensorTree) -> TensorTree: ...  # noqa: D102
+        Derivatives are taken of this equation.
+        """
 
-    def equation(  # noqa: D102
-        self, matvec: Matvec, b: TensorTree
-    ) -> tuple[OwnSolver, Matvec, TensorTree]: ...
+    @abc.abstractmethod
+    def open_ridge(self) -> OwnSolver:
+        """Return the solver of the equation whose matrix has the ridge in it."""
 
-    def open_ridge(self) -> OwnSolver: ...  # noqa: D102
+    @abc.abstractmethod
+    def without_guess(self) -> OwnSolver:
+        """Return the solver for another right hand side, of which nothing is known."""
 
-    def without_guess(self) -> OwnSolver: ...  # noqa: D102
-
-    def vmapped(self, sizes: torch.Size) -> OwnSolver: ...  # noqa: D102
+    @abc.abstractmethod
+    def vmapped(self, sizes: torch.Size) -> OwnSolver:
+        """Return the solver for systems numbered by leading dimensions of these sizes too."""
 
 
 @dataclass(frozen=True)
