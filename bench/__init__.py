@@ -1,1 +1,1 @@
-"""Benchmarks: this library and its peers on the same tensors, each answer checked before a clock."""
+"""Benchmarks: ours and its peers on the same tensors, each answer checked before a clock."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 from bench.results import CaseResult, Report, Row
 
 COLUMNS = ("provider", "error", "median", "p20 – p80", "× ours", "matvecs", "peak", "remark")
+
+_FILE_WIDTH = 140
 
 
 def show(report: Report) -> None:
@@ -64,7 +67,7 @@ def _rich(title: str, rows: list[tuple[str, ...]]) -> None:
     table = Table(*COLUMNS, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else _FILE_WIDTH).print(table)
 
 
 def _plain(title: str, rows: list[tuple[str, ...]]) -> None:
