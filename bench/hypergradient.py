@@ -49,7 +49,7 @@ def data(device: torch.device) -> Imaml:
 def module_backward(module: ModuleType, problem: Imaml, solve: Any) -> Run:
     """The backward pass of the module form."""
 
-    class Adapted(module.nn.ImplicitMetaGradientModule, linear_solve=solve):  # type: ignore[misc,name-defined]
+    class Adapted(module.nn.ImplicitMetaGradientModule, linear_solve=solve):  # type: ignore[call-arg,misc,name-defined]
         def __init__(self, *meta: Tensor):
             super().__init__()
             for i, tensor in enumerate(meta):

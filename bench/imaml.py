@@ -157,11 +157,11 @@ def loop_backward(module: ModuleType, problem: Imaml, solve: Any) -> Run:
 def _adapted(module: ModuleType, problem: Imaml, solve: Any) -> Callable[..., Tensors]:
     """A solver that is given the solution, so that the backward pass alone is work."""
 
-    @module.diff.implicit.custom_root(grad(problem.objective), argnums=1, solve=solve)
     def adapt(init: Tensors, meta: Tensors, x: Tensor, y: Tensor) -> Tensors:
         return tuple(t.clone() for t in init)
 
-    adapted: Callable[..., Tensors] = adapt
+    root = module.diff.implicit.custom_root(grad(problem.objective), argnums=1, solve=solve)
+    adapted: Callable[..., Tensors] = root(adapt)
     return adapted
 
 

@@ -21,22 +21,24 @@ def peak_bytes(run: Run, device: torch.device) -> int:
     dispatches, so that what a single op allocates and frees inside itself is not seen.
     """
     if device.type != "cuda":
-        with _LiveStorages() as live:
+        live = _LiveStorages()
+        with live:
             run()
         return live.peak
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    before: int = torch.cuda.memory_allocated(device)
     run()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    peak: int = torch.cuda.max_memory_allocated(device)
+    return peak - before
 
 
 class _LiveStorages(TorchDispatchMode):
     """Follows the storages that ops have made. An op's own arguments were there before it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
         self._older: dict[int, StorageWeakRef] = {}

@@ -71,7 +71,8 @@ def relative_error(answer: Tensors, expected: Tensors) -> float:
 
 
 def _norm(norms: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(list(norms)))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+    return norm
 
 
 def _admit(entry: Entry | Absent, problem: Problem, setting: Setting) -> _Contender | Row:
