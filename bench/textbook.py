@@ -29,5 +29,7 @@ def cg(matvec: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor
     """x after this many iterations from zero, for a vector (n,) or independent rows (B, n)."""
     x, r, p, rr = torch.zeros_like(b), b, b, dot(b, b)
     for _ in range(iterations):
-        x, r, p, rr = cg_step(x, r, p, matvec(p), rr)
+        runs = rr > 0  # one that is solved exactly would go on with 0 / 0
+        after = cg_step(x, r, p, matvec(p), rr)
+        x, r, p, rr = (torch.where(runs, *pair) for pair in zip(after, (x, r, p, rr), strict=True))
     return x
