@@ -8,16 +8,18 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 INTEGRATION := $(VENV)/integration-installed
+BENCH := $(VENV)/bench-installed
 PIP_INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 TOO_OLD := "Python 3.10 or newer is needed: make PYTHON=python3.12, for one"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test integration test-gpu lint kernels-check clean
+.PHONY: help demo test integration bench test-gpu lint kernels-check clean
 
 help:
 	@echo 'make demo           train a deep equilibrium model on handwritten digits (DEMO_ARGS=--quick: shorter)'
 	@echo 'make test           the tests, then those of the Triton kernels in the interpreter'
 	@echo 'make integration    the tests beside TorchOpt, which it installs too (Python 3.10 to 3.12)'
+	@echo 'make bench          the benchmarks, briefly, beside peers, which it installs too'
 	@echo 'make test-gpu       the tests that need a GPU, by $$(PYTHON) as it is: nothing is installed'
 	@echo 'make lint           style, types, and the layers of the packages'
 	@echo 'make kernels-check  compile every kernel for each supported GPU and judge the code'
@@ -34,6 +36,10 @@ $(INTEGRATION): $(INSTALLED)
 	$(PIP_INSTALL) -q -e '.[integration]'
 	@touch $@
 
+$(BENCH): $(INSTALLED)
+	$(PIP_INSTALL) -q -e '.[bench]'
+	@touch $@
+
 demo: $(INSTALLED)
 	$(RUN) examples/deq_digits.py $(DEMO_ARGS)
 
@@ -45,6 +51,10 @@ test: $(INSTALLED)
 # The directory is named because pytest leaves it out by itself; without TorchOpt its tests are errors.
 integration: $(INTEGRATION)
 	$(RUN) -m pytest tests/integration
+
+# Brief runs are not kept among the results.
+bench: $(BENCH)
+	$(RUN) -m bench run --quick --out build/bench
 
 test-gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu

@@ -1,0 +1,66 @@
+"""What a run found out, as JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider on one problem; None where there is nothing to say, `remark` then says why.
+
+    Seconds are of one unit of work: the median, and the 20th and 80th percentile. `relative` is the
+    median over ours; `peak` is in vectors where the problem has such a unit, else in MiB.
+    """
+
+    provider: str
+    error: float | None = None
+    median: float | None = None
+    p20: float | None = None
+    p80: float | None = None
+    relative: float | None = None
+    rounds: int = 0
+    matvecs: int | None = None
+    peak: float | None = None
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case: its rows, and what became of its goal."""
+
+    name: str
+    about: str
+    tolerance: float
+    peak_unit: str
+    rows: list[Row]
+    goal: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All cases of a run, and what it ran on."""
+
+    environment: dict[str, Any]
+    cases: list[CaseResult]
+
+    def save(self, folder: Path) -> Path:
+        """Write to a new file in `folder`, named by date and device."""
+        folder.mkdir(parents=True, exist_ok=True)
+        date = self.environment["date"].replace(":", "").replace("+0000", "Z")
+        path = folder / f"{date}-{self.environment['device']}.json"
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        stored = json.loads(path.read_text())
+        cases = [
+            CaseResult(**{**case, "rows": [Row(**row) for row in case["rows"]]})
+            for case in stored["cases"]
+        ]
+        return cls(stored["environment"], cases)
