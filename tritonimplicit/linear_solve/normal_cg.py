@@ -50,7 +50,8 @@ class NormalCG(FusedSolver):
             return rmatvec(refuse_gradient(matvec(v)))
 
         apply = RowMatvec(normal, layout, self._ridge_rows(layout))
-        rhs = layout.gather(rmatvec(b), layout.zeros, "the result of the transposed matvec")
+        # Copied: an operator may use one buffer for all its results.
+        rhs = layout.flatten(rmatvec(b), "the result of the transposed matvec")
         rows = conjugate_gradient(self, apply, rhs)
         # Where A^T b is zero, or too small for its digits, zero solves the normal equations and
         # says nothing of A x = b: A is singular, or the products underflow.
