@@ -50,6 +50,20 @@ def row_norms(v: Tensor) -> Tensor:
     return rr.sqrt_()
 
 
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Return a.b of each row of `a` and `b` (B, ld) as (B,) float64.
+
+    Multiplied and added in float64, where no finite float32 number over- or underflows.
+    """
+    if a.device.type != "cpu":
+        return (a.double() * b.double()).sum(1)
+    sums = torch.empty(a.shape[0], dtype=torch.float64)
+    for rows in row_groups([True] * a.shape[0], a.shape[1]):
+        tiles = column_tiles(a[rows], b[rows])
+        sums[rows] = row_sums(dots(x.double(), y.double()) for x, y in tiles)
+    return sums
+
+
 def _by_chunk(reduce: Callable[..., Tensor], *tiles: Tensor) -> Tensor:
     width = tiles[0].shape[1]
     whole = width // _CHUNK * _CHUNK
