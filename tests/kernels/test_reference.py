@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.problems import DTYPES, F64, Step, Target, cg, cg_oracle, neumann, randn
 from tritonimplicit_kernels import backend, partial_count, reference, row_dots, row_norms, status
-from tritonimplicit_kernels.reference.tiles import tile_elements
+from tritonimplicit_kernels.reference.tiles import TILE
 
 TARGET = Target(reference, "cpu")
 # Rows of one chunk or several, one or several a tile, longer than a tile; tails of every kind.
@@ -90,7 +90,7 @@ def test_what_a_step_allocates_is_tiles(make: type, frozen: list[int], threads: 
     step.state[0, frozen] = status.CONVERGED
     with Allocations(*(v for v in vars(step).values() if isinstance(v, Tensor))) as allocations:
         step.launch(reference)
-    tile = 8 * tile_elements()
+    tile = 8 * TILE
     assert 0 < max(allocations.sizes) <= 2 * tile < step.x.nbytes
 
 
