@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tritonimplicit_kernels.reference import plain
+from tritonimplicit_kernels.reference.common import all_advance_cg
 from tritonimplicit_kernels.reference.dots import products, row_sums, scratch, squares, widen
-from tritonimplicit_kernels.reference.lone import advance_cg
 from tritonimplicit_kernels.reference.rules import decide_cg
 from tritonimplicit_kernels.reference.tiles import column_tiles, put_back, row_groups, take
 
@@ -52,21 +52,21 @@ def cg_step(
         )
     decision = dots, rr, state, threshold, maxiter, state_out, residual_sq, x.dtype
     rr_out.zero_()
-    lone = advance_cg(*decision) if x.shape[0] == 1 else None
-    if lone is not None:
-        wanted, (alpha, beta) = [True], lone[:, None, None]
-    else:
-        advances, alpha, beta = decide_cg(*decision)
-        wanted = advances.tolist()
+    wanted, scales = [True] * x.shape[0], all_advance_cg(*decision)
+    if scales is None:
+        advances, alpha_b, beta_b = decide_cg(*decision)
+        wanted, scales = advances.tolist(), (alpha_b, beta_b)
     for rows in row_groups(wanted, x.shape[1]):
         vectors = take(rows, x, r, p, ap)
-        scales = take(rows, alpha, beta)
-        rr_out[rows, 0] = row_sums(_update(*tile, *scales) for tile in column_tiles(*vectors))
+        alpha, beta = (scale[rows] if isinstance(scale, Tensor) else scale for scale in scales)
+        tiles = column_tiles(*vectors)
+        rr_out[rows, 0] = row_sums(_update(tile, alpha, beta) for tile in tiles)
         put_back(rows, (x, r, p), vectors[:3])
     return None
 
 
-def _update(x: Tensor, r: Tensor, p: Tensor, ap: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+def _update(tile: tuple[Tensor, ...], alpha: Tensor | float, beta: Tensor | float) -> Tensor:
+    x, r, p, ap = tile
     room = scratch(p)[0]
     # Products and sums apart: each is rounded once, whichever of torch's loops does it. A fused
     # addcmul may or may not be, so that a row's bits would depend on where it lies.

@@ -48,8 +48,10 @@ def squares(a: Tensor) -> Tensor:
     """Return a.a of each row of a widened tile as (R,)."""
     # The norm reads once what a product and its sum would read and write twice.
     if a.shape[1] <= CHUNK:
-        return torch.linalg.vector_norm(a, dim=1).square_()
-    return torch.linalg.vector_norm(_chunks(a), dim=2).square_().sum(1)
+        norms: Tensor = torch.linalg.vector_norm(a, dim=1)
+        return norms.square_()
+    norms = torch.linalg.vector_norm(_chunks(a), dim=2)
+    return norms.square_().sum(1)
 
 
 def row_sums(tiles: Iterable[Tensor]) -> Tensor:
@@ -97,4 +99,4 @@ def _by_tile(sums: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
 
 
 def _chunks(a: Tensor) -> Tensor:
-    return a.unflatten(1, (-1, CHUNK))
+    return a.view(a.shape[0], -1, CHUNK)

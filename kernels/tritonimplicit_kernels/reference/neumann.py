@@ -37,12 +37,13 @@ def neumann_step(
     for rows in row_groups(advances.tolist(), x.shape[1]):
         vectors = take(rows, x, ax, b)
         (alpha_rows,) = take(rows, scale)
-        rr_out[rows, 0] = row_sums(_update(*tile, alpha_rows) for tile in column_tiles(*vectors))
+        rr_out[rows, 0] = row_sums(_update(tile, alpha_rows) for tile in column_tiles(*vectors))
         put_back(rows, (x,), vectors[:1])
     return None
 
 
-def _update(x: Tensor, ax: Tensor, b: Tensor, alpha: Tensor) -> Tensor:
+def _update(tile: tuple[Tensor, ...], alpha: Tensor) -> Tensor:
+    x, ax, b = tile
     room = scratch(x, 2)
     residual = room[0].view(x.dtype)[:, : x.shape[1]]
     torch.sub(b, ax, out=residual)

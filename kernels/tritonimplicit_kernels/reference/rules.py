@@ -25,10 +25,15 @@ def decide_cg(
     rr_b, (pap, apap) = rr.sum(-1), dots.sum(-1)  # (B,) each
     code = _cg_code(rr_b, pap, apap, state, threshold, maxiter, torch.finfo(dtype).eps)
     advances = _settle(code, rr_b, state, state_out, residual_sq)
-    alpha = rr_b / pap
-    beta = (alpha * alpha * apap - rr_b).clamp_min_(0).div_(rr_b)
+    return advances, *cg_scales(rr_b, pap, apap, dtype)
+
+
+def cg_scales(rr: Tensor, pap: Tensor, apap: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return alpha and beta (B, 1), computed in float64 and rounded once."""
+    alpha = rr / pap
+    beta = (alpha * alpha * apap - rr).clamp_min_(0).div_(rr)
     alpha, beta = torch.stack([alpha, beta]).to(dtype)[:, :, None]
-    return advances, alpha, beta
+    return alpha, beta
 
 
 def decide_neumann(
