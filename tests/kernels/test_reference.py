@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.problems import DTYPES, F64, Step, Target, cg, cg_oracle, neumann, randn
-from tritonimplicit_kernels import backend, partial_count, reference, row_norms, status
-from tritonimplicit_kernels.reference.tiles import tile_elements
+from tritonimplicit_kernels import backend, partial_count, reference, row_dots, row_norms, status
+from tritonimplicit_kernels.reference.tiles import TILE
 
 TARGET = Target(reference, "cpu")
 # Rows of one chunk or several, one or several a tile, longer than a tile; tails of every kind.
@@ -89,7 +90,7 @@ def test_what_a_step_allocates_is_tiles(make: type, frozen: list[int], threads: 
     step.state[0, frozen] = status.CONVERGED
     with Allocations(*(v for v in vars(step).values() if isinstance(v, Tensor))) as allocations:
         step.launch(reference)
-    tile = 8 * tile_elements()
+    tile = 8 * TILE
     assert 0 < max(allocations.sizes) <= 2 * tile < step.x.nbytes
 
 
@@ -111,6 +112,28 @@ def test_row_norms_hold_for_all_finite_float32_numbers() -> None:
     assert row_norms(v[:0]).shape == (0,)
 
 
+@pytest.mark.parametrize("n", LENGTHS)
+def test_row_dots_are_the_exact_dots_rounded(n: int) -> None:
+    a, b = (randn(5, n, torch.float32, seed) for seed in (3, 4))
+    dots = row_dots(a, b)
+    products = a.double() * b.double()  # exact for float32 numbers
+    exact = torch.tensor([math.fsum(row) for row in products.tolist()], dtype=F64)
+    bound = n**0.5 * torch.finfo(F64).eps * products.abs().sum(1)
+    assert ((dots - exact).abs() <= bound).all()
+    assert torch.equal(row_dots(a[3:4], b[3:4]), dots[3:4])
+
+
+def test_row_dots_hold_for_all_finite_float32_numbers() -> None:
+    largest, smallest = torch.finfo(torch.float32).max, 2.0**-149
+    a, b = torch.zeros(3, 16), torch.zeros(3, 16)
+    a[0], b[0] = largest, -largest
+    a[1, :4], b[1, :4] = smallest, smallest
+    a[2], b[2] = largest, smallest
+    dots = [-16 * largest**2, 4 * smallest**2, 16 * largest * smallest]
+    assert row_dots(a, b).tolist() == dots
+    assert row_dots(a[:0], b[:0]).shape == (0,)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_reference_runs_on_a_gpu(dtype: torch.dtype) -> None:
@@ -120,6 +143,9 @@ def test_the_reference_runs_on_a_gpu(dtype: torch.dtype) -> None:
         close.check(done.rr_out.sum(1) if name == "rr_out" else getattr(done, name))
     norms = row_norms(step.r.to("cuda")).cpu()
     torch.testing.assert_close(norms, row_norms(step.r), rtol=1000**0.5 * 2.0**-52, atol=0)
+    dots = row_dots(step.r.to("cuda"), step.p.to("cuda")).cpu()
+    bound = 1000**0.5 * 2.0**-52 * (step.r.double() * step.p.double()).abs().sum(1)
+    assert ((dots - row_dots(step.r, step.p)).abs() <= bound).all()
 
 
 def test_one_partial_sum_a_row() -> None:

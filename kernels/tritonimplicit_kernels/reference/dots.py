@@ -1,39 +1,81 @@
-"""Sums along rows, in float64 and in an order that only the row's length decides."""
+"""Sums along rows, in float64 and in an order that only the row's length decides.
+
+A row is added up by chunks, the chunks of a tile next, the tiles last. None of these sums is long
+enough for torch to split it among threads: from 32,768 elements on it would, if the row is alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from tritonimplicit_kernels.reference.tiles import column_tiles, row_groups
+from tritonimplicit_kernels.reference.tiles import column_tiles, row_groups, take
 
-# Below torch's parallel grain of 32,768: from there on torch splits the sum of a single row among
-# its threads, and a row alone would be added in another order than a row in a batch.
-_CHUNK = 16384
+CHUNK: Final = 2048
 
 
-def dots(a: Tensor, b: Tensor) -> Tensor:
-    """Return a.b of each chunk of the rows of float64 tiles: (R, W) -> (R, chunks)."""
-    return _by_chunk(lambda a, b: (a * b).sum(-1), a, b)
+def scratch(tile: Tensor, count: int = 1) -> Tensor:
+    """Return uninitialised float64 room for `count` tiles (R, W), their rows in whole chunks.
+
+    One allocation for a tile's every need: large ones that come and go together make the allocator
+    return memory to the system, which costs more than the step.
+    """
+    rows, width = tile.shape
+    padded = width if width <= CHUNK else -(-width // CHUNK) * CHUNK
+    return torch.empty((count, rows, padded), dtype=torch.float64, device="cpu")
+
+
+def widen(tile: Tensor, room: Tensor) -> Tensor:
+    """Return `tile` (R, W) in float64, padded with zeros to the width of `room`, where it lies."""
+    width = tile.shape[1]
+    if room.shape[1] == width:
+        return room.copy_(tile)
+    room[:, width:].zero_()
+    room[:, :width].copy_(tile)
+    return room
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Return a.b of each row of widened tiles as (R,); `a` is overwritten."""
+    a.mul_(b)
+    return a.sum(1) if a.shape[1] <= CHUNK else _chunks(a).sum(2).sum(1)
 
 
 def squares(a: Tensor) -> Tensor:
-    """Return a.a of each chunk of the rows of a float64 tile: (R, W) -> (R, chunks)."""
+    """Return a.a of each row of a widened tile as (R,)."""
     # The norm reads once what a product and its sum would read and write twice.
-    return _by_chunk(lambda a: torch.linalg.vector_norm(a, dim=-1).square_(), a)
+    if a.shape[1] <= CHUNK:
+        norms: Tensor = torch.linalg.vector_norm(a, dim=1)
+        return norms.square_()
+    norms = torch.linalg.vector_norm(_chunks(a), dim=2)
+    return norms.square_().sum(1)
 
 
 def row_sums(tiles: Iterable[Tensor]) -> Tensor:
-    """Add up the chunks (R, chunks) of rows that come in tiles along their columns: (R,).
-
-    Every tile but the last must be whole chunks wide.
-    """
+    """Add up the sums (R,) of rows that come in tiles along their columns: (R,)."""
     sums = list(tiles)
-    if len(sums) == 1 and sums[0].shape[1] == 1:
-        return sums[0][:, 0]
-    return torch.cat(sums, 1).sum(1)
+    return sums[0] if len(sums) == 1 else torch.stack(sums, 1).sum(1)
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Return a.b of each row of `a` and `b` (B, ld) as (B,) float64.
+
+    Multiplied and added in float64, where no finite float32 number over- or underflows.
+    """
+    if a.device.type != "cpu":
+        return (a.double() * b.double()).sum(1)
+    return _by_tile(_dots, a, b)
+
+
+def row_squares(v: Tensor) -> Tensor:
+    """Return v.v of each row of `v` (B, ld) as (B,) float64, as `row_dots` does."""
+    if v.device.type != "cpu":
+        norms: Tensor = torch.linalg.vector_norm(v, dim=1, dtype=torch.float64)
+        return norms.square_()
+    return _by_tile(lambda tile: squares(widen(tile, scratch(tile)[0])), v)
 
 
 def row_norms(v: Tensor) -> Tensor:
@@ -41,21 +83,20 @@ def row_norms(v: Tensor) -> Tensor:
 
     Squared and added in float64, where no finite float32 number over- or underflows.
     """
-    if v.device.type != "cpu":
-        norms: Tensor = torch.linalg.vector_norm(v, dim=1, dtype=torch.float64)
-        return norms
-    rr = torch.empty(v.shape[0], dtype=torch.float64)
-    for rows in row_groups([True] * v.shape[0], v.shape[1]):
-        rr[rows] = row_sums(squares(tile.double()) for (tile,) in column_tiles(v[rows]))
-    return rr.sqrt_()
+    return row_squares(v).sqrt_()
 
 
-def _by_chunk(reduce: Callable[..., Tensor], *tiles: Tensor) -> Tensor:
-    width = tiles[0].shape[1]
-    whole = width // _CHUNK * _CHUNK
-    parts = []
-    if whole:
-        parts.append(reduce(*(tile[:, :whole].unflatten(1, (-1, _CHUNK)) for tile in tiles)))
-    if whole < width:
-        parts.append(reduce(*(tile[:, whole:] for tile in tiles))[:, None])
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    room = scratch(a, 2)
+    return products(widen(a, room[0]), widen(b, room[1]))
+
+
+def _by_tile(sums: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
+    out = torch.empty(vectors[0].shape[0], dtype=torch.float64)
+    for rows in row_groups([True] * out.shape[0], vectors[0].shape[1]):
+        out[rows] = row_sums(sums(*tile) for tile in column_tiles(*take(rows, *vectors)))
+    return out
+
+
+def _chunks(a: Tensor) -> Tensor:
+    return a.view(a.shape[0], -1, CHUNK)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonimplicit_kernels import status
-from tritonimplicit_kernels.reference.dots import row_sums, squares
-from tritonimplicit_kernels.reference.settle import settle
-from tritonimplicit_kernels.reference.tiles import column_tiles, row_groups
+from tritonimplicit_kernels.reference import plain
+from tritonimplicit_kernels.reference.dots import row_sums, scratch, squares, widen
+from tritonimplicit_kernels.reference.rules import decide_neumann
+from tritonimplicit_kernels.reference.tiles import column_tiles, put_back, row_groups, take
 
 
 def neumann_step(
@@ -26,31 +26,27 @@ def neumann_step(
     residual_sq: Tensor,
 ) -> None:
     """Advance each running system by one iteration, or stop it."""
-    rr_b = rr.sum(-1)  # (B,)
-    code = _next_code(rr_b, state, threshold, limit, maxiter)
-    advances = settle(code, rr_b, state, state_out, residual_sq)
+    if x.device.type != "cpu":
+        return plain.neumann_step(
+            *(x, ax, b, alpha, rr, state, threshold, limit),
+            *(maxiter, rr_out, state_out, residual_sq),
+        )
+    advances = decide_neumann(rr, state, threshold, limit, maxiter, state_out, residual_sq)
     rr_out.zero_()
     scale = alpha.to(x.dtype)[:, None]  # (B, 1)
-    for rows in row_groups(advances, x.shape[1]):
-        vectors = x[rows], ax[rows], b[rows]
-        tiles = column_tiles(*vectors)
-        rr_out[rows, 0] = row_sums(_update(tile, scale[rows]) for tile in tiles)
-        if isinstance(rows, Tensor):
-            x[rows] = vectors[0]
+    for rows in row_groups(advances.tolist(), x.shape[1]):
+        vectors = take(rows, x, ax, b)
+        (alpha_rows,) = take(rows, scale)
+        rr_out[rows, 0] = row_sums(_update(tile, alpha_rows) for tile in column_tiles(*vectors))
+        put_back(rows, (x,), vectors[:1])
+    return None
 
 
 def _update(tile: tuple[Tensor, ...], alpha: Tensor) -> Tensor:
     x, ax, b = tile
-    residual = b - ax
-    rr = squares(residual.double())
+    room = scratch(x, 2)
+    residual = room[0].view(x.dtype)[:, : x.shape[1]]
+    torch.sub(b, ax, out=residual)
+    rr = squares(widen(residual, room[1]))
     x += residual.mul_(alpha)  # apart from the sum, for the reason given in cg.py
     return rr
-
-
-def _next_code(rr: Tensor, state: Tensor, threshold: Tensor, limit: Tensor, maxiter: int) -> Tensor:
-    """Say what each running system turns to; the last rule that holds wins."""
-    code = torch.full_like(state[0], status.RUNNING)
-    code.masked_fill_(state[1] >= maxiter, status.MAX_ITERATIONS)
-    code.masked_fill_(rr > limit, status.DIVERGED)
-    code.masked_fill_(rr <= threshold, status.CONVERGED)
-    return code.masked_fill_(~(rr < torch.inf), status.NON_FINITE)

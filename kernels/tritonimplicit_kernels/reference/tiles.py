@@ -6,38 +6,50 @@ A step is several torch calls a tile; over whole vectors each call would stream 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
-# Twice the least that torch gives a thread, so that a batch of small systems is one tile. From a
-# quarter to four times of it, times at B * n from 1e4 to 1e7 differed by no more than the noise.
-_ELEMENTS_PER_THREAD = 65536
+# A tile, 1 MiB of a float32 vector, lives in the shared cache rather than in a core's own: a call
+# costs a microsecond, and a parallel one several, so that smaller tiles lose more than they save.
+# At n = 1e7 twice as many elements cost as much, a quarter as many a quarter more.
+TILE: Final = 2**18
 
 Rows = slice | Tensor
-
-
-def tile_elements() -> int:
-    """Return the number of elements of a tile. It decides where time goes, never the bits."""
-    return _ELEMENTS_PER_THREAD * torch.get_num_threads()
+_ALL: Final = slice(None)
 
 
 def row_groups(wanted: Sequence[bool], ld: int) -> Iterator[Rows]:
     """Cut the wanted rows of `ld` elements into groups of a tile: a slice, or indices if scattered.
 
-    Indexing a vector by a slice is a view; by indices it is a copy, to be written back.
+    A row longer than a tile is a group of its own, in a batch as alone.
     """
+    size = max(1, TILE // ld)
+    if all(wanted) and 0 < len(wanted) <= size:
+        yield _ALL
+        return
     rows = [row for row, want in enumerate(wanted) if want]
-    size = max(1, tile_elements() // ld)
     for start in range(0, len(rows), size):
         group = rows[start : start + size]
         first, end = group[0], group[-1] + 1
         yield slice(first, end) if end - first == len(group) else torch.tensor(group)
 
 
+def take(rows: Rows, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Index the first dimension: by a slice that is a view, by indices a copy, to be put back."""
+    return tensors if rows is _ALL else tuple(tensor[rows] for tensor in tensors)
+
+
+def put_back(rows: Rows, tensors: Sequence[Tensor], taken: Sequence[Tensor]) -> None:
+    """Write what was taken into `tensors` again, unless it is a view of them."""
+    if isinstance(rows, Tensor):
+        for tensor, rows_of_it in zip(tensors, taken, strict=True):
+            tensor[rows] = rows_of_it
+
+
 def column_tiles(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Cut (R, ld) vectors alike along their columns, into views of a tile where R is one."""
-    size = tile_elements()
-    if vectors[0].shape[1] <= size:
+    if vectors[0].shape[1] <= TILE:
         return iter((vectors,))
-    return zip(*(vector.split(size, dim=1) for vector in vectors), strict=True)
+    return zip(*(vector.split(TILE, dim=1) for vector in vectors), strict=True)

@@ -1,0 +1,74 @@
+"""Every op on whole vectors, masked by `torch.where`: for devices other than the CPU.
+
+Nothing is read by the host, whatever becomes of the systems. It is also the readable form of what
+`cg` and `neumann` do a tile at a time, which have to write the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonimplicit_kernels.reference.dots import row_dots, row_squares
+from tritonimplicit_kernels.reference.rules import decide_cg, decide_neumann
+
+
+def cg_dots(p: Tensor, ap: Tensor, state: Tensor, dots: Tensor) -> None:
+    """Write p.Ap and Ap.Ap of each running system into `dots`, and zero for a frozen one."""
+    sums = torch.stack([row_dots(p, ap), row_squares(ap)])
+    dots.zero_()
+    dots[:, :, 0] = torch.where(state[0] < 0, sums, 0.0)
+
+
+def cg_step(
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    ap: Tensor,
+    dots: Tensor,
+    rr: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    maxiter: int,
+    rr_out: Tensor,
+    state_out: Tensor,
+    residual_sq: Tensor,
+) -> None:
+    """Advance each running system by one iteration, or stop it."""
+    advances, alpha, beta = decide_cg(
+        dots, rr, state, threshold, maxiter, state_out, residual_sq, x.dtype
+    )
+    _write(x, advances, x + p * alpha)
+    _write(r, advances, r - ap * alpha)
+    _write(p, advances, r + p * beta)
+    _write_squares(rr_out, advances, r)
+
+
+def neumann_step(
+    x: Tensor,
+    ax: Tensor,
+    b: Tensor,
+    alpha: Tensor,
+    rr: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    limit: Tensor,
+    maxiter: int,
+    rr_out: Tensor,
+    state_out: Tensor,
+    residual_sq: Tensor,
+) -> None:
+    """Advance each running system by one iteration, or stop it."""
+    advances = decide_neumann(rr, state, threshold, limit, maxiter, state_out, residual_sq)
+    residual = b - ax
+    _write(x, advances, x + residual * alpha.to(x.dtype)[:, None])
+    _write_squares(rr_out, advances, residual)
+
+
+def _write(v: Tensor, rows: Tensor, value: Tensor) -> None:
+    torch.where(rows[:, None], value, v, out=v)
+
+
+def _write_squares(rr_out: Tensor, rows: Tensor, v: Tensor) -> None:
+    rr_out.zero_()
+    rr_out[:, 0] = torch.where(rows, row_squares(v), 0.0)

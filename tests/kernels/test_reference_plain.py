@@ -1,0 +1,116 @@
+"""The reference's forms: tiles and the common case write the plain form's bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.kernels.problems import CG, DTYPES, F64, Step, Target, cg, neumann
+from tests.kernels.test_steps import CG_CASES, cg_cases, same
+from tritonimplicit_kernels import reference, status
+from tritonimplicit_kernels.reference import plain
+from tritonimplicit_kernels.reference.common import all_advance_cg
+from tritonimplicit_kernels.reference.rules import decide_cg
+from tritonimplicit_kernels.reference.tiles import TILE
+
+RESULTS = ("x", "r", "p", "dots", "rr_out", "state_out", "residual_sq")
+# One chunk, several with a tail, rows of which two fit in no tile, a row of two tiles.
+LENGTHS = [48, 5000, TILE // 2 + 16, TILE + 5008]
+
+
+def assert_the_plain_forms_bits(step: Step) -> None:
+    done = Target(reference, "cpu").run(step)
+    expected = step.to("cpu")
+    expected.launch(plain)
+    for name in RESULTS:
+        if hasattr(step, name):
+            assert same(getattr(done, name), getattr(expected, name)), name
+
+
+@given(data=st.data(), batch=st.sampled_from([1, 2, 7]), make=st.sampled_from([cg, neumann]))
+def test_any_state_gives_the_plain_forms_bits(data: st.DataObject, batch: int, make: type) -> None:
+    step: Step = make(batch, data.draw(st.sampled_from(LENGTHS[:2])), torch.float32, 3)
+    draw_state(step, data)
+    assert_the_plain_forms_bits(step)
+
+
+def draw_state(step: Step, data: st.DataObject) -> None:
+    """Let systems be at any scale, frozen or not, met or not by any rule, with or without NaN."""
+    names = ("x", "r", "p", "ap", "ax", "b")
+    vectors = [getattr(step, name) for name in names if hasattr(step, name)]
+    for row in range(step.x.shape[0]):
+        scale = data.draw(st.sampled_from([1.0, 1e-30, 1e-15, 1e15, 1e30]))
+        for vector in vectors:
+            vector[row] *= scale
+        step.rr[row] *= scale**2
+        step.state[0, row] = data.draw(st.sampled_from([-3, -2, -2, -2, -1, 0, 6]))
+        step.state[1, row] = data.draw(st.sampled_from([0, 999, 1000]))
+        step.threshold[row] = data.draw(st.sampled_from([0, 0, 1e-3, 1e70]))
+        step.residual_sq[row] = 7.0
+        vector = data.draw(st.sampled_from(vectors))
+        vector[row, 5] = data.draw(st.sampled_from([1.0, -1.0, torch.nan, torch.inf]))
+        if data.draw(st.booleans()):
+            vectors[-1][row] *= -1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("make", [cg, neumann])
+def test_tiles_and_scattered_rows_give_the_plain_forms_bits(
+    make: type, n: int, dtype: torch.dtype
+) -> None:
+    step: Step = make(4, n, dtype)
+    assert_the_plain_forms_bits(step)
+    step.state[0, [0, 2]] = status.STAGNATED
+    step.residual_sq[:] = 7.0
+    assert_the_plain_forms_bits(step)
+
+
+def steady(dtype: torch.dtype) -> CG:
+    """Return every case of a CG step, with the running systems past their first iteration."""
+    step = cg_cases(dtype)
+    step.state[0].masked_fill_(step.state[0] == status.RUNNING, status.RUNNING_POSITIVE)
+    step.state[0, list(CG_CASES).index("advances with a negative matrix")] = status.RUNNING_NEGATIVE
+    reference.cg_dots(step.p, step.ap, step.state, step.dots)
+    return step
+
+
+def decide(rule: object, step: CG) -> tuple[torch.Tensor, ...] | None:
+    return rule(  # type: ignore[operator]
+        *(step.dots, step.rr, step.state, step.threshold, step.maxiter),
+        *(step.state_out, step.residual_sq, step.x.dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CG_CASES)
+@pytest.mark.parametrize("beside", [[], [0], [1]])
+def test_the_common_case_is_seen_where_the_rules_see_it(
+    case: str, beside: list[int], dtype: torch.dtype
+) -> None:
+    at = list(CG_CASES).index(case)
+    step = steady(dtype).select([at, *beside])
+    common, ruled = step.to("cpu"), step.to("cpu")
+    scales = decide(all_advance_cg, common)
+    advances, *expected = decide(decide_cg, ruled)
+    one_sign = len(set(step.state[0].tolist())) == 1
+    assert (scales is not None) == (bool(advances.all()) and one_sign)
+    if scales is None:
+        assert (common.state_out == 99).all()
+        assert same(common.residual_sq, step.residual_sq)
+        return
+    assert torch.equal(common.state_out, ruled.state_out)
+    assert torch.equal(common.residual_sq, ruled.residual_sq)
+    for ours, theirs in zip(scales, expected, strict=True):
+        ours = torch.as_tensor(ours, dtype=F64).to(dtype)
+        assert torch.equal(ours.expand_as(theirs), theirs)
+
+
+@pytest.mark.parametrize("make", [cg, neumann])
+def test_off_the_cpu_nothing_is_read_by_the_host(make: type) -> None:
+    step = make(3, 5000, torch.float32).to("meta")  # has no numbers: to read one is an error
+    step.launch(reference)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        step.state.tolist()
