@@ -104,6 +104,9 @@ class Recurrence(abc.ABC):
     def restart(self, rows: Tensor, residual: Tensor) -> None:
         """Begin again at x for the systems numbered by `rows`; `residual` (B, ld) is b - A x."""
 
+    def finish(self) -> None:  # noqa: B027 (most have nothing to do)
+        """Bring x up to date with `progress`: called when no system runs any more."""
+
 
 def iterate(recurrence: Recurrence, maxiter: int, check_every: int | None) -> None:
     """Step until no system runs, or `maxiter` times; ask every `check_every` (None: 1; 0: no)."""
@@ -132,6 +135,7 @@ def solve_and_verify(
     while True:
         iterate(recurrence, remaining, solver.check_every)
         progress.settle()
+        recurrence.finish()
         status, iterations = progress.state
         claims = status == codes.CONVERGED
         refuted = status == codes.STAGNATED

@@ -50,6 +50,20 @@ def row_norms(v: Tensor) -> Tensor:
     return rr.sqrt_()
 
 
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Return the dot product of each row of `a` with that of `b`, (B, ld) both, as (B,) float64.
+
+    Multiplied and added in float64, where no finite float32 number over- or underflows.
+    """
+    if a.device.type != "cpu":
+        return (a.double() * b.double()).sum(1)
+    products = torch.empty(a.shape[0], dtype=torch.float64)
+    for rows in row_groups([True] * a.shape[0], a.shape[1]):
+        tiles = column_tiles(a[rows], b[rows])
+        products[rows] = row_sums(dots(a.double(), b.double()) for a, b in tiles)
+    return products
+
+
 def _by_chunk(reduce: Callable[..., Tensor], *tiles: Tensor) -> Tensor:
     width = tiles[0].shape[1]
     whole = width // _CHUNK * _CHUNK
