@@ -13,7 +13,14 @@ import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linear_solve.base import IterativeSolver
 from tritonimplicit.linear_solve.loop import Progress, Recurrence, solve_and_verify
-from tritonimplicit.linear_solve.plain import RowFunction, advance, column, record, refuse_triton
+from tritonimplicit.linear_solve.plain import (
+    RowFunction,
+    advance,
+    column,
+    normalised,
+    record,
+    refuse_triton,
+)
 from tritonimplicit.linear_solve.preconditioners import row_preconditioner
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit.operators import Matvec
@@ -48,6 +55,11 @@ class BiCGSTAB(IterativeSolver):
 
 
 class _BiCGSTAB(Recurrence):
+    """All vectors but x are in units of the residual norm at the start: products with A stay small.
+
+    The names are van der Vorst's; `shadow` is his r hat.
+    """
+
     def __init__(
         self, solver: BiCGSTAB, apply: RowMatvec, b: Tensor, precondition: RowFunction | None
     ):
@@ -84,31 +96,31 @@ class _BiCGSTAB(Recurrence):
         z = self._precondition(s)
         t = self.apply(z)
         t_norm, ts = kernels.row_norms(t), kernels.row_dots(t, s)
-        useful = (s_norm.square() > state.threshold) & (ts.abs() > eps * t_norm * s_norm)
+        useful = ((s_norm * self._unit).square() > state.threshold) & (ts.abs() > eps * t_norm * s_norm)
         omega = torch.where(advances & useful, ts / t_norm.square(), 0.0)
         self._add(omega, z)
         self._r = s - t * column(omega, dtype)
-        self._turn(alpha, omega, v)
-        record(state, advances, self._norm.square())
+        r_norm = kernels.row_norms(self._r)
+        self._turn(alpha, omega, v, r_norm)
+        record(state, advances, (r_norm * self._unit).square())
 
-    def _turn(self, alpha: Tensor, omega: Tensor, v: Tensor) -> None:
+    def _turn(self, alpha: Tensor, omega: Tensor, v: Tensor, r_norm: Tensor) -> None:
         """The next direction; along the residual itself, with a new shadow, where rho is lost."""
         dtype = v.dtype
-        self._norm = norm = kernels.row_norms(self._r)
         rho = kernels.row_dots(self._shadow, self._r)
         beta = rho / self._rho * (alpha / omega)
-        goes_on = rho.abs() > self._eps * self._shadow_norm * norm
+        goes_on = rho.abs() > self._eps * self._shadow_norm * r_norm
         fresh = ~(goes_on & (alpha != 0) & (omega != 0))
         self._p.sub_(v * column(omega, dtype)).mul_(column(beta, dtype)).add_(self._r)
         self._p = torch.where(fresh[:, None], self._r, self._p)
         self._shadow = torch.where(fresh[:, None], self._r, self._shadow)
-        self._shadow_norm = torch.where(fresh, norm, self._shadow_norm)
-        self._rho = torch.where(fresh, norm.square(), rho)
+        self._shadow_norm = torch.where(fresh, r_norm, self._shadow_norm)
+        self._rho = torch.where(fresh, r_norm.square(), rho)
         self._fresh = fresh
 
     def _add(self, scalar: Tensor, v: Tensor) -> None:
         """x += scalar v where the scalar is not zero; elsewhere x is kept, whatever v."""
-        moved = self.x + v * column(scalar, v.dtype)
+        moved = self.x + v * column(scalar * self._unit, v.dtype)
         self.x = torch.where((scalar != 0)[:, None], moved, self.x)
 
     def restart(self, rows: Tensor, residual: Tensor) -> None:
@@ -116,9 +128,10 @@ class _BiCGSTAB(Recurrence):
         self._begin(residual, kernels.row_norms(residual))
 
     def _begin(self, residual: Tensor, norm: Tensor) -> None:
-        self._r, self._p, self._shadow = residual.clone(), residual.clone(), residual.clone()
-        self._norm = self._shadow_norm = norm
-        self._rho = norm.square()
+        self._r = self._shadow = normalised(residual)[0]
+        self._p = self._r.clone()
+        self._unit = norm
+        self._shadow_norm = self._rho = torch.ones_like(norm)
         self._fresh = torch.ones_like(norm, dtype=torch.bool)
 
 
