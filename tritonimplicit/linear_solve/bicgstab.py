@@ -17,6 +17,7 @@ from tritonimplicit.linear_solve.plain import (
     RowFunction,
     advance,
     column,
+    kept,
     normalised,
     record,
     refuse_triton,
@@ -60,6 +61,14 @@ class _BiCGSTAB(Recurrence):
     The names are van der Vorst's; `shadow` is his r hat.
     """
 
+    _r: Tensor
+    _p: Tensor
+    _shadow: Tensor
+    _shadow_norm: Tensor
+    _rho: Tensor
+    _fresh: Tensor
+    _unit: Tensor
+
     def __init__(
         self, solver: BiCGSTAB, apply: RowMatvec, b: Tensor, precondition: RowFunction | None
     ):
@@ -96,7 +105,9 @@ class _BiCGSTAB(Recurrence):
         z = self._precondition(s)
         t = self.apply(z)
         t_norm, ts = kernels.row_norms(t), kernels.row_dots(t, s)
-        useful = ((s_norm * self._unit).square() > state.threshold) & (ts.abs() > eps * t_norm * s_norm)
+        useful = ((s_norm * self._unit).square() > state.threshold) & (
+            ts.abs() > eps * t_norm * s_norm
+        )
         omega = torch.where(advances & useful, ts / t_norm.square(), 0.0)
         self._add(omega, z)
         self._r = s - t * column(omega, dtype)
@@ -111,8 +122,8 @@ class _BiCGSTAB(Recurrence):
         beta = rho / self._rho * (alpha / omega)
         goes_on = rho.abs() > self._eps * self._shadow_norm * r_norm
         fresh = ~(goes_on & (alpha != 0) & (omega != 0))
-        self._p.sub_(v * column(omega, dtype)).mul_(column(beta, dtype)).add_(self._r)
-        self._p = torch.where(fresh[:, None], self._r, self._p)
+        self._p.sub_(v * column(omega, dtype)).mul_(column(beta, dtype))
+        kept(self._p, ~fresh).add_(self._r)
         self._shadow = torch.where(fresh[:, None], self._r, self._shadow)
         self._shadow_norm = torch.where(fresh, r_norm, self._shadow_norm)
         self._rho = torch.where(fresh, r_norm.square(), rho)
@@ -120,8 +131,7 @@ class _BiCGSTAB(Recurrence):
 
     def _add(self, scalar: Tensor, v: Tensor) -> None:
         """x += scalar v where the scalar is not zero; elsewhere x is kept, whatever v."""
-        moved = self.x + v * column(scalar * self._unit, v.dtype)
-        self.x = torch.where((scalar != 0)[:, None], moved, self.x)
+        self.x += kept(v * column(scalar * self._unit, v.dtype), scalar != 0)
 
     def restart(self, rows: Tensor, residual: Tensor) -> None:
         # All begin again, those that are frozen for nothing.

@@ -17,6 +17,7 @@ from tritonimplicit.linear_solve.plain import (
     RowFunction,
     advance,
     column,
+    kept,
     normalised,
     record,
     refuse_triton,
@@ -33,9 +34,9 @@ from tritonimplicit_kernels import status as codes
 class GMRES(IterativeSolver):
     """GMRES(m), m = `restart`, for any nonsingular A; (A + ridge I) x = b.
 
-    The x of least residual in a Krylov space that grows by one matvec an iteration; after m of them
-    it starts again from the true residual (one matvec more, not counted). Memory: min(m, n) vectors.
-    A cycle that does not lessen the residual ends as STAGNATED: so would each one after it.
+    The x of least residual in a Krylov space that grows by one matvec an iteration; after m of
+    them it starts again from the true residual (one matvec more, not counted). It keeps min(m, n)
+    vectors. A cycle that does not lessen the residual ends as STAGNATED: so would all after it.
 
     `M` approximates the inverse of A and preconditions from the right, so that residuals are those
     of A x = b.
@@ -70,6 +71,11 @@ class _Arnoldi(Recurrence):
     g H_k = 0 with g_0 = 1: it is β / ‖g‖, β that of the cycle's start (Ayachour, "A fast
     implementation for GMRES method", J. Comput. Appl. Math. 159, 2003). x follows at a cycle's end.
     """
+
+    _column: int
+    _norm: Tensor
+    _left_sq: Tensor
+    _iterations: Tensor
 
     def __init__(
         self, solver: GMRES, apply: RowMatvec, b: Tensor, precondition: RowFunction | None
@@ -122,7 +128,7 @@ class _Arnoldi(Recurrence):
         self._column = j + 1
         if self._column < len(self._basis):
             following = torch.div(w, column(norm, w.dtype), out=self._basis[self._column])
-            following.masked_fill_((closed | ~advances)[:, None], 0.0)
+            kept(following, advances & ~closed)
 
     def restart(self, rows: Tensor, residual: Tensor) -> None:
         # All begin a cycle, those that are frozen for nothing.

@@ -159,4 +159,6 @@ def solve_and_verify(
         largest = torch.linalg.vector_norm(recurrence.b, math.inf, dim=1)
         vanishing = (largest > 0) & (largest < _SMALLEST)
         status.masked_fill_(vanishing & (status == codes.CONVERGED), codes.BREAKDOWN)
+    # x may overflow where the residual, of a matrix of small elements, does not.
+    status.masked_fill_(~recurrence.x.isfinite().all(1), codes.NON_FINITE)
     return RowSolution(recurrence.x, status, iterations, residual_norm)

@@ -17,6 +17,7 @@ from tritonimplicit.linear_solve.plain import (
     RowFunction,
     advance,
     column,
+    kept,
     normalised,
     record,
     refuse_triton,
@@ -62,6 +63,19 @@ class _Lanczos(Recurrence):
     The vectors v are orthonormal in the inner product of M, z = M v. Names of scalars are those of
     Elman, Silvester and Wathen, "Finite Elements and Fast Iterative Solvers", algorithm 4.1.
     """
+
+    _v: Tensor
+    _v_before: Tensor
+    _z: Tensor
+    _w: Tensor
+    _w_before: Tensor
+    _r: Tensor  # only with a preconditioner
+    _gamma: Tensor
+    _cosines: tuple[Tensor, Tensor]
+    _sines: tuple[Tensor, Tensor]
+    _eta: Tensor
+    _size_sq: Tensor
+    _indefinite: Tensor
 
     def __init__(
         self, solver: MINRES, apply: RowMatvec, b: Tensor, precondition: RowFunction | None
@@ -116,8 +130,7 @@ class _Lanczos(Recurrence):
         w = self._z - self._w * column(alpha_2, dtype)
         w -= self._w_before * column(alpha_3, dtype)
         self._w_before, self._w = self._w, w.div_(column(alpha_1, dtype))
-        moved = self.x + w * column(length, dtype)
-        self.x = torch.where(advances[:, None], moved, self.x)
+        self.x += kept(w * column(length, dtype), advances)
 
     def _residual_sq(self, c: Tensor, s: Tensor) -> Tensor:
         """The squared Euclidean norm of the residual: |eta| is its norm in M."""

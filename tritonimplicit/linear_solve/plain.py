@@ -62,6 +62,16 @@ def column(scalars: Tensor, dtype: torch.dtype) -> Tensor:
     return scalars.to(dtype)[:, None]
 
 
+def kept(v: Tensor, rows: Tensor) -> Tensor:
+    """Zero v, in place, in all rows but those of `rows` (B,) bool, whatever it was there.
+
+    By its bits, an operation that is vectorised where torch's masked ones are not.
+    """
+    integer = torch.int32 if v.dtype is torch.float32 else torch.int64
+    v.view(integer).bitwise_and_(-rows.to(integer)[:, None])
+    return v
+
+
 def scaled(v: Tensor) -> tuple[Tensor, Tensor]:
     """Return v with its largest element in each row made 1, and what it was, (B, 1); zero stays.
 
