@@ -43,8 +43,8 @@ def bmv(matrices):
 
 
 def spectra(systems, n):
-    """(systems, n) diagonals of condition 1 to 1e4."""
-    conditions = torch.logspace(0, 4, systems, dtype=DOUBLE)
+    """(systems, n) diagonals of condition 1 to 1e3."""
+    conditions = torch.logspace(0, 3, systems, dtype=DOUBLE)
     return conditions[:, None] ** -torch.linspace(0, 1, n, dtype=DOUBLE)
 
 
