@@ -62,9 +62,9 @@ _ADVICE = {
         "use solve_normal_cg or solve_inv, or add a ridge; the value is the last good iterate"
     ),
     Status.DIVERGED: (
-        "diverged: the series needs every |1 - alpha * eigenvalue| < 1. Check the sign (a fixed "
-        "point z = f(z) is the root of z - f(z), not of f(z) - z), use a smaller alpha, or another "
-        "solver"
+        "diverged: a Neumann series needs every |1 - alpha * eigenvalue| < 1. Check the sign (a "
+        "fixed point z = f(z) is the root of z - f(z), not of f(z) - z), use a smaller alpha, or "
+        "another solver"
     ),
     Status.NON_FINITE: (
         "met NaN or infinity (in b, in the operator, or by overflow): its value is all NaN; "

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritonimplicit import Status
-from tritonimplicit.linear_solve import CG, Dense, Neumann, NormalCG
+from tritonimplicit.linear_solve import CG, GMRES, MINRES, BiCGSTAB, Dense, Neumann, NormalCG
 
 
 @st.composite
@@ -50,7 +50,7 @@ def problems(draw):
 solvers = st.one_of(
     st.builds(
         lambda cls, rtol, atol, maxiter: cls(rtol=rtol, atol=atol, maxiter=maxiter, batch_ndim=1),
-        st.sampled_from([CG, NormalCG, Neumann]),
+        st.sampled_from([CG, NormalCG, Neumann, GMRES, BiCGSTAB, MINRES]),
         st.sampled_from([0.0, 1e-3, 1e-6, 1e-12]),
         st.sampled_from([0.0, 0.0, 1e-3]),
         st.sampled_from([0, 1, 5, 40, None]),
@@ -77,8 +77,8 @@ def test_never_silently_wrong(problem, solver):
     for i, status in enumerate(solution.status.tolist()):
         x = solution.value[i].double()
         if not (exact[i].isfinite().all() and b[i].isfinite().all()):
-            # CG that may do no iteration looks at b alone.
-            unseen = isinstance(solver, CG) and solver.maxiter == 0
+            # A Krylov method that may do no iteration looks at b alone.
+            unseen = isinstance(solver, (CG, GMRES, BiCGSTAB, MINRES)) and solver.maxiter == 0
             at_start = status == Status.MAX_ITERATIONS and b[i].isfinite().all()
             assert status == Status.NON_FINITE or (unseen and at_start)
         if status == Status.NON_FINITE:

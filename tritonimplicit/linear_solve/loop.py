@@ -104,7 +104,9 @@ def solve_and_verify(
         unfounded = (status == codes.CONVERGED) & ~(residual_norm.square() <= progress.threshold)
         status.masked_fill_(unfounded, codes.STAGNATED)
         judged = status < codes.BREAKDOWN
-        status.masked_fill_(judged & ~residual_norm.isfinite(), codes.NON_FINITE)
+        # x may overflow where the residual, of a matrix of small elements, does not.
+        finite = residual_norm.isfinite() & recurrence.x.isfinite().all(1)
+        status.masked_fill_(judged & ~finite, codes.NON_FINITE)
         if vanishing is not None:
             status.masked_fill_(vanishing & (status == codes.CONVERGED), codes.BREAKDOWN)
         if blind:

@@ -1,0 +1,80 @@
+"""BiCGSTAB: its denominators, and what becomes of a residual that grows."""
+
+import pytest
+import scipy.sparse.linalg
+import torch
+
+from tritonimplicit import Status
+from tritonimplicit.linear_solve import BiCGSTAB
+
+DOUBLE = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("n", [5, 30, 100])
+def test_as_many_iterations_as_scipy(n):
+    matrix = torch.eye(n, dtype=DOUBLE) + 0.5 * torch.randn(n, n, dtype=DOUBLE) / n**0.5
+    b, calls, theirs = torch.randn(n, dtype=DOUBLE), [], []
+
+    def operator(v):
+        theirs.append(1)
+        return matrix.numpy() @ v
+
+    def matvec(v):
+        calls.append(1)
+        return matrix @ v
+
+    linear = scipy.sparse.linalg.LinearOperator((n, n), operator, dtype="float64")
+    scipy.sparse.linalg.bicgstab(linear, b.numpy(), rtol=1e-8)
+    solution = BiCGSTAB(rtol=1e-8).solve(matvec, b)
+    assert solution.status == Status.CONVERGED
+    assert len(calls) == 2 * solution.iterations + 1  # the last one verifies
+    # SciPy leaves out the second matvec of an iteration whose first is enough.
+    assert 2 * solution.iterations - len(theirs) in (0, 1)
+    error = (solution.value - torch.linalg.solve(matrix, b)).norm()
+    assert error <= 1e-8 * b.norm() * torch.linalg.inv(matrix).norm(2)
+
+
+def test_a_skew_matrix_breaks_down():
+    skew = torch.randn(8, 8, dtype=DOUBLE)
+    skew = skew - skew.mT
+    solution = BiCGSTAB().solve(lambda v: skew @ v, torch.randn(8, dtype=DOUBLE))
+    assert solution.status == Status.BREAKDOWN and solution.value.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("matrix", "code"),
+    [
+        ([[-1.0, 1, 0], [0, -2, -2], [-2, -2, -1]], -10),  # rho vanishes
+        ([[2.0, 0, 2], [1, 1, 1], [1, 1, 0]], -11),  # omega vanishes
+    ],
+)
+def test_a_lost_shadow_residual_is_renewed(matrix, code):
+    matrix, b = torch.tensor(matrix, dtype=DOUBLE), torch.tensor([1.0, 0, 0], dtype=DOUBLE)
+    # SciPy, which does not renew it, breaks down.
+    assert scipy.sparse.linalg.bicgstab(matrix.numpy(), b.numpy(), rtol=1e-8)[1] == code
+    solution = BiCGSTAB(rtol=1e-8).solve(lambda v: matrix @ v, b)
+    assert solution.status == Status.CONVERGED
+    torch.testing.assert_close(solution.value, torch.linalg.solve(matrix, b), rtol=1e-7, atol=1e-7)
+
+
+def test_a_residual_that_grows_beyond_all_digits_has_diverged():
+    found = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        matrix, b = torch.randn(10, 10), torch.randn(10)
+        matrix[5:] = 0  # no solution
+        solution = BiCGSTAB(maxiter=200).solve(lambda v, m=matrix: m @ v, b)
+        found.add(solution.status.item())
+        assert solution.value.isfinite().all()
+    assert Status.DIVERGED in found and Status.CONVERGED not in found
+
+
+def test_a_solution_that_overflows_is_not_finite():
+    # A tiny matrix: the residual of so large an x is small, and no float32 number is x.
+    solution = BiCGSTAB(maxiter=3).solve(lambda v: v * 1e-20, torch.full((4,), 1e30))
+    assert solution.status == Status.NON_FINITE and solution.value.isnan().all()
