@@ -9,7 +9,7 @@ from __future__ import annotations
 from tritonimplicit_kernels import status
 from tritonimplicit_kernels.backends import BACKENDS, Backend, backend, partial_count
 from tritonimplicit_kernels.ops import cg_dots, cg_step, neumann_step
-from tritonimplicit_kernels.reference import row_norms
+from tritonimplicit_kernels.reference import row_dots, row_norms
 
 __all__ = [
     "BACKENDS",
@@ -19,6 +19,7 @@ __all__ = [
     "cg_step",
     "neumann_step",
     "partial_count",
+    "row_dots",
     "row_norms",
     "status",
 ]

@@ -11,17 +11,20 @@ import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linear_solve.base import IterativeSolver
 from tritonimplicit.linear_solve.loop import Progress, Recurrence, solve_and_verify
+from tritonimplicit.linear_solve.preconditioned_cg import PreconditionedCG
+from tritonimplicit.linear_solve.preconditioners import PreconditionedSolver, row_preconditioner
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit.operators import Matvec
 from tritonimplicit.vectors import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class CG(IterativeSolver):
+class CG(PreconditionedSolver):
     """Conjugate gradient, for A symmetric and definite; (A + ridge I) x = b.
 
     The predict-and-recompute form (Chen and Carson, "Predict-and-recompute conjugate gradient
-    variants", SIAM J. Sci. Comput. 42, 2020): two launches and one matvec an iteration.
+    variants", SIAM J. Sci. Comput. 42, 2020): two launches and one matvec an iteration. With a
+    preconditioner `M`, which must be symmetric and definite, the textbook's form in plain torch.
     """
 
     def _solve_rows(self, matvec: Matvec, b: TensorTree, layout: Layout) -> RowSolution:
@@ -29,9 +32,12 @@ class CG(IterativeSolver):
         return conjugate_gradient(self, apply, layout.gather(b, layout.zeros, "b"))
 
 
-def conjugate_gradient(solver: IterativeSolver, apply: RowMatvec, b: Tensor) -> RowSolution:
+def conjugate_gradient(solver: PreconditionedSolver, apply: RowMatvec, b: Tensor) -> RowSolution:
     """Solve A x = b on rows by CG, with the settings of `solver`."""
-    return solve_and_verify(solver, _ConjugateGradient(solver, apply, b))
+    precondition = row_preconditioner(solver.M, apply)
+    if precondition is None:
+        return solve_and_verify(solver, _ConjugateGradient(solver, apply, b))
+    return solve_and_verify(solver, PreconditionedCG(solver, apply, b, precondition))
 
 
 class _ConjugateGradient(Recurrence):

@@ -28,7 +28,7 @@ class Dense(LinearSolver):
     def _solve_rows(self, matvec: Matvec, b: TensorTree, layout: Layout) -> RowSolution:
         apply = RowMatvec(matvec, layout, self._ridge_rows(layout))
         rhs = layout.gather(b, layout.zeros, "b")
-        elements = _true_elements(layout)
+        elements = layout.elements()
         matrix = _materialise(apply, elements)
         solved, info = torch.linalg.solve_ex(matrix, rhs[:, elements])
         x = layout.zeros()
@@ -42,12 +42,6 @@ class Dense(LinearSolver):
         status = torch.where(singular, codes.BREAKDOWN, status).int()
         x.masked_fill_(singular[:, None], math.nan)
         return RowSolution(x, status, torch.zeros_like(status), residual_norm)
-
-
-def _true_elements(layout: Layout) -> Tensor:
-    """(n,) positions in a row that are not padding."""
-    spans = zip(layout.starts, layout.sizes, strict=True)
-    return torch.cat([torch.arange(s, s + size, device=layout.device) for s, size in spans])
 
 
 def _materialise(apply: RowMatvec, elements: Tensor) -> Tensor:

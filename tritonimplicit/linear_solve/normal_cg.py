@@ -9,8 +9,8 @@ import torch
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
-from tritonimplicit.linear_solve.base import IterativeSolver
 from tritonimplicit.linear_solve.cg import conjugate_gradient
+from tritonimplicit.linear_solve.preconditioners import PreconditionedSolver
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution, refuse_gradient
 from tritonimplicit.operators import Matvec, transpose
 from tritonimplicit.vectors import Layout
@@ -18,11 +18,12 @@ from tritonimplicit_kernels import status as codes
 
 
 @dataclass(frozen=True, kw_only=True)
-class NormalCG(IterativeSolver):
+class NormalCG(PreconditionedSolver):
     """Conjugate gradient on (A^T A + ridge I) x = A^T b: two matvecs an iteration, any square A.
 
     Tolerances and residuals are those of the normal equations; their condition number is A's
-    squared. A^T b = 0 for a b that is not zero is a BREAKDOWN. The transpose is the matvec's own
+    squared. A^T b = 0 for a b that is not zero is a BREAKDOWN. The preconditioner `M` is one of
+    that matrix, A^T A + ridge I, and not of A: symmetric positive definite. The transpose is the matvec's own
     `.T`, or recorded from it by autograd.
     """
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Final
 
 from tritonimplicit_kernels.reference.cg import cg_dots, cg_step
-from tritonimplicit_kernels.reference.dots import row_norms
+from tritonimplicit_kernels.reference.dots import row_dots, row_norms
 from tritonimplicit_kernels.reference.neumann import neumann_step
 
-__all__ = ["cg_dots", "cg_step", "name", "neumann_step", "partial_count", "row_norms"]
+__all__ = ["cg_dots", "cg_step", "name", "neumann_step", "partial_count", "row_dots", "row_norms"]
 
 name: Final = "reference"
 

@@ -50,6 +50,20 @@ def row_norms(v: Tensor) -> Tensor:
     return rr.sqrt_()
 
 
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Return a.b of each row of `a` and `b`, (B, ld) each, as (B,) float64.
+
+    Multiplied and added in float64, as by `row_norms`.
+    """
+    if a.device.type != "cpu":
+        return (a.double() * b.double()).sum(1)
+    ab = torch.empty(a.shape[0], dtype=torch.float64)
+    for rows in row_groups([True] * a.shape[0], a.shape[1]):
+        tiles = column_tiles(a[rows], b[rows])
+        ab[rows] = row_sums(dots(a.double(), b.double()) for a, b in tiles)
+    return ab
+
+
 def _by_chunk(reduce: Callable[..., Tensor], *tiles: Tensor) -> Tensor:
     width = tiles[0].shape[1]
     whole = width // _CHUNK * _CHUNK
