@@ -30,9 +30,9 @@ class Neumann(PreconditionedSolver):
     rtol = atol = 0, the default, the series is not tested for convergence.
 
     `alpha="estimate"` is for A symmetric positive definite of any scale: 1 / (largest eigenvalue),
-    for each system, by a power iteration of 10 to 22 matvecs (see `power.largest_eigenvalue`). With
-    a preconditioner `M` the iteration is x <- x + alpha M (b - A x), and M A takes A's place in what
-    alpha must fit.
+    for each system, by a power iteration of 11 to 22 matvecs (see `power.largest_eigenvalue`). With
+    a preconditioner `M` the iteration is x <- x + alpha M (b - A x): the conditions on A, and the
+    estimate, are then for M A.
     """
 
     rtol: float = 0.0

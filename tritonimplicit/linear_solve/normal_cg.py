@@ -22,9 +22,9 @@ class NormalCG(PreconditionedSolver):
     """Conjugate gradient on (A^T A + ridge I) x = A^T b: two matvecs an iteration, any square A.
 
     Tolerances and residuals are those of the normal equations; their condition number is A's
-    squared. A^T b = 0 for a b that is not zero is a BREAKDOWN. The preconditioner `M` is one of
-    that matrix, A^T A + ridge I, and not of A: symmetric positive definite. The transpose is the matvec's own
-    `.T`, or recorded from it by autograd.
+    squared. A^T b = 0 for a b that is not zero is a BREAKDOWN. A preconditioner `M` is
+    about the inverse of that matrix, A^T A + ridge I, not of A: symmetric and definite. The
+    transpose is the matvec's own `.T`, or recorded from it by autograd.
     """
 
     def _solve_rows(self, matvec: Matvec, b: TensorTree, layout: Layout) -> RowSolution:

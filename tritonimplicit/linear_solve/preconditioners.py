@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -65,9 +66,10 @@ class Nystrom:
     M = U diag(1 / (l + m)) U^T + (I - U U^T) / (l_min + m), which is the preconditioner of
     Frangella, Tropp and Udell, "Randomized Nystrom preconditioning" (SIAM J. Matrix Anal. Appl. 44,
     2023), algorithm 2.1 and equation 1.3, over l_min + m, so that M is about (A + m I)^-1 in scale
-    too. The paper assumes m > 0. Without a ridge M is the same at m = 0, and worth having as long as
-    A's spectrum falls; l + m is held at eps times its largest, below which l is rounding. A `rank`
-    above n is n. The test vectors follow from `seed` alone, and are the same for every system.
+    too. The paper assumes m > 0. Without a ridge it is taken at m = 0, and good for as much as the
+    spectrum falls within the rank. l + m is held at sqrt(n) eps times its largest, below which it
+    is rounding. A `rank` above n is n. The test vectors follow from `seed` alone, and are the same
+    for every system.
     """
 
     rank: int
@@ -90,8 +92,8 @@ class Nystrom:
         basis, eigenvalues = _nystrom(test, sketch)
         ridge = 0.0 if apply.ridge is None else apply.ridge
         shifted = eigenvalues + ridge  # (B, l)
-        eps = torch.finfo(layout.dtype).eps
-        shifted = torch.maximum(shifted, eps * shifted.amax(1, keepdim=True))
+        rounding = math.sqrt(layout.n) * torch.finfo(layout.dtype).eps
+        shifted = torch.maximum(shifted, rounding * shifted.amax(1, keepdim=True))
         shifted = torch.where(shifted > 0, shifted, 1.0)  # A = 0 without a ridge
         rest = shifted.amin(1).reciprocal_()
         return LowRankInverse(basis, shifted.reciprocal() - rest[:, None], rest)
@@ -163,29 +165,38 @@ def row_preconditioner(M: Preconditioner | None, apply: RowMatvec) -> RowPrecond
     return RowMatvec(M, apply.layout, name="the preconditioner M")
 
 
+def vmapped(M: Preconditioner | None, depth: int) -> Preconditioner | None:
+    """M under `depth` vmaps over the systems; what asks the matrix itself sees them anyway."""
+    if M is None or isinstance(M, (Jacobi, Nystrom)):
+        return M
+    for _ in range(depth):
+        M = torch.vmap(M)
+    return M
+
+
 def _nystrom(test: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
     """U (B, l, ld), rows orthonormal, and l (B, l) float64 descending, from W and (A W)^T.
 
     The paper's algorithm 2.1, with the l x l matrices in float64, and eigenvalues in place of the
-    Cholesky factor: W^T (A + shift I) W has none below `shift` but by rounding, or where A is not
-    semidefinite, and then M must be definite all the same.
+    Cholesky factor: where W^T A W has one that is negative, or rounding, its direction is left out,
+    so that M is positive definite though A may not be.
     """
     eps = torch.finfo(sketch.dtype).eps
     shift = eps * torch.linalg.vector_norm(sketch, dim=(1, 2), dtype=torch.float64)  # (B,)
     shift = torch.where(shift > 0, shift, 1.0)[:, None]
-    sketch = sketch + shift.to(sketch.dtype)[:, :, None] * test
     core = torch.stack([_inner(sketch, row) for row in test], 1)  # (B, l, l)
     core_values, core_vectors = torch.linalg.eigh((core + core.mT) / 2)
-    root = torch.maximum(core_values, shift).rsqrt()[:, None, :]
-    orthonormal_rows, upper = torch.linalg.qr(sketch.mT)  # (B, ld, l), (B, l, l)
-    rotation, singular, _ = torch.linalg.svd(upper.double() @ (core_vectors * root))
+    root = torch.where(core_values > shift, (core_values + shift).rsqrt(), 0.0)
+    shifted = sketch + shift.to(sketch.dtype)[:, :, None] * test
+    orthonormal_rows, upper = torch.linalg.qr(shifted.mT)  # (B, ld, l), (B, l, l)
+    rotation, singular, _ = torch.linalg.svd(upper.double() @ (core_vectors * root[:, None, :]))
     columns = rotation.to(sketch.dtype).unbind(2)
     basis = torch.stack([_combination(orthonormal_rows.mT, column) for column in columns], 1)
     return basis, (singular.square() - shift).clamp(min=0)
 
 
 def _combination(rows: Tensor, weights: Tensor) -> Tensor:
-    """(B, l, ld), (B, l) -> (B, ld): the weighted sum of l rows of each system, in a fixed order."""
+    """(B, l, ld), (B, l) -> (B, ld): weighted sums of each system's rows, in a fixed order."""
     return (rows * weights[:, :, None]).sum(1)
 
 
@@ -194,7 +205,8 @@ def _inner(rows: Tensor, v: Tensor) -> Tensor:
 
     By row_dots and not by a matrix product, whose rounding depends on how many systems there are.
     """
-    return kernels.row_dots(rows.flatten(0, 1), v.expand_as(rows).flatten(0, 1)).view(rows.shape[:2])
+    products = kernels.row_dots(rows.flatten(0, 1), v.expand_as(rows).flatten(0, 1))
+    return products.view(rows.shape[:2])
 
 
 def _check_positive(name: str, value: object) -> None:

@@ -24,7 +24,7 @@ class RowSolution:
 
 
 class RowMatvec:
-    """(B, ld) -> (B, ld): v -> A v + ridge v, by a matvec on pytrees; `name` is what errors call it.
+    """(B, ld) -> (B, ld): v -> A v + ridge v, by a matvec on pytrees, which errors call `name`.
 
     What it returns is to be read only, and valid until the next call.
     """
@@ -73,7 +73,7 @@ class RowMatvec:
 
 
 def refuse_gradient(result: TensorTree, name: str = "the matvec") -> TensorTree:
-    """Return the result of `name`, or raise RuntimeError if autograd would lose a gradient by it."""
+    """Return the result of `name`, or raise RuntimeError if that loses a gradient."""
     if any(isinstance(t, Tensor) and t.requires_grad for t in optree.tree_leaves(result)):
         raise RuntimeError(
             f"the result of {name} requires grad, but a solver called directly is not "

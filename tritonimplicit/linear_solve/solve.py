@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tritonimplicit.linear_solve.base import LinearSolver, Solve
+from tritonimplicit.linear_solve.preconditioners import PreconditionedSolver, vmapped
 from tritonimplicit.opaque import opaque_call
 from tritonimplicit.operators import Jacobian, Matvec, ResidualFn, Tensors, pullback, pushforward
 from tritonimplicit.torch_internals import forward_rule, in_trace, untraced
@@ -39,6 +40,8 @@ class LinearFamily:
         solver = self.solver
         if self.depth and isinstance(solver, LinearSolver):
             solver = dataclasses.replace(solver, batch_ndim=solver.batch_ndim + self.depth)
+            if isinstance(solver, PreconditionedSolver):
+                solver = dataclasses.replace(solver, M=vmapped(solver.M, self.depth))
         return _checked(solver(matvec, b), b)
 
     def vmapped(self, args_dims: Dims) -> LinearFamily:
