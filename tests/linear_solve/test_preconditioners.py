@@ -18,7 +18,7 @@ from tritonimplicit.vectors import Layout
 
 Status = ti.Status
 DOUBLE = torch.float64
-MS = {"jacobi": Jacobi(), "nystrom": Nystrom(4), "function": lambda r: 0.7 * r}
+MS = {"jacobi": Jacobi(), "nystrom": Nystrom(7), "function": lambda r: 0.7 * r}
 every_M = pytest.mark.parametrize("M", MS.values(), ids=MS.keys())
 SOLVERS = {
     "cg": CG(rtol=1e-9),
@@ -304,11 +304,19 @@ def test_vmap_maps_a_function_too():
 
 
 @every_M
-@pytest.mark.parametrize("scale_a", [1e-30, 1.0, 1e30])
-@pytest.mark.parametrize("scale_b", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize(
+    ("scale_a", "scale_b"),  # whose solutions are float32 numbers
+    [
+        (1e-30, 1e-30),
+        (1e-30, 1.0),
+        (1.0, 1e-30),
+        (1.0, 1.0),
+        (1.0, 1e30),
+        (1e30, 1.0),
+        (1e30, 1e30),
+    ],
+)
 def test_scales_of_fp32(M, scale_a, scale_b):
-    if not 1e-30 <= scale_b / scale_a <= 1e30:
-        pytest.skip("the solution is no float32 number")
     if M is MS["function"]:
         M = lambda r: r * (0.7 / scale_a)  # noqa: E731
     matrix = (spd(32, torch.linspace(0.1, 1, 32, dtype=DOUBLE)) * scale_a).float()

@@ -185,14 +185,25 @@ def _nystrom(test: Tensor, sketch: Tensor) -> tuple[Tensor, Tensor]:
     shift = eps * torch.linalg.vector_norm(sketch, dim=(1, 2), dtype=torch.float64)  # (B,)
     shift = torch.where(shift > 0, shift, 1.0)[:, None]
     core = torch.stack([_inner(sketch, row) for row in test], 1)  # (B, l, l)
-    core_values, core_vectors = torch.linalg.eigh((core + core.mT) / 2)
+    core_values, core_vectors = torch.linalg.eigh(_aligned((core + core.mT) / 2))
     root = torch.where(core_values > shift, (core_values + shift).rsqrt(), 0.0)
     shifted = sketch + shift.to(sketch.dtype)[:, :, None] * test
     orthonormal_rows, upper = torch.linalg.qr(shifted.mT)  # (B, ld, l), (B, l, l)
-    rotation, singular, _ = torch.linalg.svd(upper.double() @ (core_vectors * root[:, None, :]))
+    factor = _aligned(upper.double()) @ (core_vectors * root[:, None, :])
+    rotation, singular, _ = torch.linalg.svd(factor)
+    rank = len(test)
+    rotation, singular = rotation[:, :rank, :rank], singular[:, :rank]
     columns = rotation.to(sketch.dtype).unbind(2)
     basis = torch.stack([_combination(orthonormal_rows.mT, column) for column in columns], 1)
     return basis, (singular.square() - shift).clamp(min=0)
+
+
+def _aligned(small: Tensor) -> Tensor:
+    """(B, l, l) float64 with zeros around, so that each matrix begins at a multiple of 64 bytes.
+
+    LAPACK's rounding depends on where a matrix begins, and so on a system's place in the batch.
+    """
+    return torch.nn.functional.pad(small, (0, -small.shape[2] % 4, 0, -small.shape[1] % 4))
 
 
 def _combination(rows: Tensor, weights: Tensor) -> Tensor:
