@@ -37,6 +37,9 @@ class Status(enum.IntEnum):
     NON_FINITE = codes.NON_FINITE
     """NaN or infinity in b, in A, or by overflow; the value of that system is all NaN."""
 
+    PRECONDITIONER = codes.PRECONDITIONER
+    """r.M r vanished or changed its sign: the preconditioner M is not definite."""
+
     @property
     def advice(self) -> str:
         """What happened and what a caller can do about it, in a sentence."""
@@ -66,8 +69,12 @@ _ADVICE = {
         "fixed point z = f(z) is the root of z - f(z), not of f(z) - z), use a smaller alpha, or "
         "another solver"
     ),
+    Status.PRECONDITIONER: (
+        "found the preconditioner M not symmetric and definite (r.M r vanished or changed sign): "
+        "give another M, or none; the value is the last good iterate"
+    ),
     Status.NON_FINITE: (
-        "met NaN or infinity (in b, in the operator, or by overflow): its value is all NaN; "
+        "met NaN or infinity (in b, in the operator or M, or by overflow): its value is all NaN; "
         "look for the first non-finite loss or cotangent"
     ),
 }

@@ -82,6 +82,11 @@ class Layout:
         """A new (B, ld) buffer of zeros."""
         return torch.zeros(self.systems, self.ld, dtype=self.dtype, device=self.device)
 
+    def elements(self) -> Tensor:
+        """(n,) positions in a row that are not padding."""
+        spans = zip(self.starts, self.sizes, strict=True)
+        return torch.cat([torch.arange(s, s + size, device=self.device) for s, size in spans])
+
     def flatten(self, tree: TensorTree, name: str) -> Tensor:
         """Copy `tree` into a new (B, ld) buffer. Raises as `leaves_of` does."""
         return self._fill(self.zeros(), self.leaves_of(tree, name))

@@ -18,3 +18,4 @@ BREAKDOWN: Final = 3
 INDEFINITE: Final = 4
 DIVERGED: Final = 5
 NON_FINITE: Final = 6
+PRECONDITIONER: Final = 7

@@ -9,13 +9,26 @@ from torch.autograd import gradcheck, gradgradcheck
 import tritonimplicit as ti
 from tritonimplicit import LinearOperator
 from tritonimplicit.linalg import cg, ns, ns_inv
-from tritonimplicit.linear_solve import CG, Dense, Neumann, NormalCG
+from tritonimplicit.linear_solve import (
+    CG,
+    GMRES,
+    MINRES,
+    Auto,
+    BiCGSTAB,
+    Dense,
+    Neumann,
+    NormalCG,
+)
 
 DOUBLE = torch.float64
 SOLVERS = {
     "cg": CG(rtol=1e-13),
     "normal_cg": NormalCG(rtol=1e-13),
     "neumann": Neumann(rtol=1e-13, maxiter=1000, alpha=0.25),
+    "gmres": GMRES(rtol=1e-13),
+    "bicgstab": BiCGSTAB(rtol=1e-13),
+    "minres": MINRES(rtol=1e-13),
+    "auto": Auto(rtol=1e-13),
     "dense": Dense(),
     "cholesky": Dense(positive_definite=True),
 }

@@ -7,14 +7,27 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritonimplicit.linear_solve import CG, Neumann, NormalCG
+from tritonimplicit.linear_solve import (
+    CG,
+    GMRES,
+    MINRES,
+    BiCGSTAB,
+    FusedSolver,
+    Neumann,
+    NormalCG,
+)
 
 DOUBLE = torch.float64
 SOLVERS = {
     "cg": CG(rtol=1e-8),
     "normal_cg": NormalCG(rtol=1e-8),
     "neumann": Neumann(rtol=1e-8, maxiter=400),
+    "gmres": GMRES(rtol=1e-8),
+    "bicgstab": BiCGSTAB(rtol=1e-8),
+    "minres": MINRES(rtol=1e-8),
 }
+FUSED = [name for name, solver in SOLVERS.items() if isinstance(solver, FusedSolver)]
+every_fused_solver = pytest.mark.parametrize("solver", map(SOLVERS.get, FUSED), ids=FUSED)
 every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 
 
@@ -106,7 +119,7 @@ def test_iterations_after_the_late_poll_change_nothing(solver):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("check_every", [None, 2, 6])
-@every_solver
+@every_fused_solver
 def test_a_graph_gives_what_launches_one_by_one_give(solver, check_every):
     matvec, b = problem("cuda")
     plain = dataclasses.replace(solver, batch_ndim=1)
@@ -118,7 +131,7 @@ def test_a_graph_gives_what_launches_one_by_one_give(solver, check_every):
 
 
 @pytest.mark.gpu
-@every_solver
+@every_fused_solver
 def test_a_backward_pass_in_a_graph(solver):
     import tritonimplicit as ti
 

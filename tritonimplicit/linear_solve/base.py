@@ -177,6 +177,13 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must not be negative, not {value}.")
 
 
+def check_tolerance(name: str, value: object) -> None:
+    """Raise unless `value` is a finite real number that is not negative."""
+    check_real(name, value)
+    if value < 0:  # type: ignore[operator]
+        raise ValueError(f"{name} must not be negative, not {value!r}.")
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:

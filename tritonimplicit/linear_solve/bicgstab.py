@@ -13,7 +13,6 @@ import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linear_solve.iterative import IterativeSolver
 from tritonimplicit.linear_solve.loop import Recurrence, solve_and_verify
-from tritonimplicit.linear_solve.progress import Progress
 from tritonimplicit.linear_solve.plain import (
     RowFunction,
     advance,
@@ -23,6 +22,7 @@ from tritonimplicit.linear_solve.plain import (
     record,
 )
 from tritonimplicit.linear_solve.preconditioners import row_preconditioner
+from tritonimplicit.linear_solve.progress import Progress
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit.operators import Matvec
 from tritonimplicit.vectors import Layout
@@ -40,12 +40,6 @@ class BiCGSTAB(IterativeSolver):
     van der Vorst, "Bi-CGSTAB: a fast and smoothly converging variant of Bi-CG for the solution of
     nonsymmetric linear systems", SIAM J. Sci. Stat. Comput. 13, 1992.
     """
-
-    M: Any = None
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        super().__post_init__()
 
     def _solve_rows(self, matvec: Matvec, b: TensorTree, layout: Layout) -> RowSolution:
         apply = RowMatvec(matvec, layout, self._ridge_rows(layout))

@@ -11,6 +11,8 @@ import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linear_solve.iterative import FusedSolver
 from tritonimplicit.linear_solve.loop import Recurrence, solve_and_verify
+from tritonimplicit.linear_solve.preconditioned_cg import PreconditionedCG
+from tritonimplicit.linear_solve.preconditioners import row_preconditioner
 from tritonimplicit.linear_solve.progress import Progress
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit.operators import Matvec
@@ -22,7 +24,8 @@ class CG(FusedSolver):
     """Conjugate gradient, for A symmetric and definite; (A + ridge I) x = b.
 
     The predict-and-recompute form (Chen and Carson, "Predict-and-recompute conjugate gradient
-    variants", SIAM J. Sci. Comput. 42, 2020): two launches and one matvec an iteration.
+    variants", SIAM J. Sci. Comput. 42, 2020): two launches and one matvec an iteration. With a
+    preconditioner `M`, which must be symmetric and definite, the textbook's form in plain torch.
     """
 
     symmetric: ClassVar[bool] = True
@@ -34,7 +37,10 @@ class CG(FusedSolver):
 
 def conjugate_gradient(solver: FusedSolver, apply: RowMatvec, b: Tensor) -> RowSolution:
     """Solve A x = b on rows by CG, with the settings of `solver`."""
-    return solve_and_verify(solver, _ConjugateGradient(solver, apply, b))
+    precondition = row_preconditioner(solver.M, apply)
+    if precondition is None:
+        return solve_and_verify(solver, _ConjugateGradient(solver, apply, b))
+    return solve_and_verify(solver, PreconditionedCG(solver, apply, b, precondition))
 
 
 class _ConjugateGradient(Recurrence):

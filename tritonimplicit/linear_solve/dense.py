@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
-from tritonimplicit.linear_solve.base import LinearSolver
+from tritonimplicit.linear_solve.base import LinearSolver, check_tolerance
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit.operators import Matvec
 from tritonimplicit.vectors import Layout
@@ -25,20 +25,31 @@ class Dense(LinearSolver):
     a value of NaN where the matrix is not positive definite. The residual that is reported, and
     judged, is that of the matrix in float64.
 
-    A system is CONVERGED if its relative residual is at most sqrt(eps), STAGNATED above that (an
-    ill-conditioned matrix), BREAKDOWN with a value of NaN if a pivot is exactly zero.
+    A system is CONVERGED if its relative residual is at most `rtol` (None: sqrt(eps)) or eps,
+    STAGNATED above that (an ill-conditioned matrix), BREAKDOWN with a value of NaN if a pivot is
+    exactly zero.
     """
 
+    rtol: float | None = None
     positive_definite: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        if self.rtol is not None:
+            check_tolerance("rtol", self.rtol)
 
     def _solve_rows(self, matvec: Matvec, b: TensorTree, layout: Layout) -> RowSolution:
         apply = RowMatvec(matvec, layout, self._ridge_rows(layout))
         rhs = layout.gather(b, layout.zeros, "b")
-        elements = _true_elements(layout)
+        elements = layout.elements()
         matrix, y = _materialise(apply, elements), rhs[:, elements]
         solved, failed = (_cholesky if self.positive_definite else _lu)(matrix, y)
         residual_norm = _residual_norm(matrix, solved, y)
-        tolerance = math.sqrt(torch.finfo(layout.dtype).eps) * kernels.row_norms(rhs)
+        eps = torch.finfo(layout.dtype).eps
+        tolerance = max(
+            math.sqrt(eps) if self.rtol is None else self.rtol, eps
+        ) * kernels.row_norms(rhs)
         status = torch.where(residual_norm <= tolerance, codes.CONVERGED, codes.STAGNATED)
         given = matrix.isfinite().all(2).all(1) & y.isfinite().all(1)
         status = torch.where(solved.isfinite().all(1) & given, status, codes.NON_FINITE)
@@ -67,12 +78,6 @@ def _residual_norm(matrix: Tensor, x: Tensor, b: Tensor) -> Tensor:
     return kernels.row_norms(
         b.double() - torch.bmm(matrix.double(), x.double()[:, :, None])[:, :, 0]
     )
-
-
-def _true_elements(layout: Layout) -> Tensor:
-    """(n,) positions in a row that are not padding."""
-    spans = zip(layout.starts, layout.sizes, strict=True)
-    return torch.cat([torch.arange(s, s + size, device=layout.device) for s, size in spans])
 
 
 def _materialise(apply: RowMatvec, elements: Tensor) -> Tensor:

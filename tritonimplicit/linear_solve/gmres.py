@@ -14,7 +14,6 @@ from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linear_solve.base import check_count
 from tritonimplicit.linear_solve.iterative import IterativeSolver
 from tritonimplicit.linear_solve.loop import Recurrence, solve_and_verify
-from tritonimplicit.linear_solve.progress import Progress
 from tritonimplicit.linear_solve.plain import (
     RowFunction,
     advance,
@@ -25,6 +24,7 @@ from tritonimplicit.linear_solve.plain import (
     scaled,
 )
 from tritonimplicit.linear_solve.preconditioners import row_preconditioner
+from tritonimplicit.linear_solve.progress import Progress
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit.operators import Matvec
 from tritonimplicit.vectors import Layout
@@ -48,7 +48,6 @@ class GMRES(IterativeSolver):
     """
 
     restart: int = 20
-    M: Any = None
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -11,7 +11,17 @@ from torch import Tensor
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import Status, TensorTree
-from tritonimplicit.linear_solve.base import LinearSolver, check_choice, check_count, check_real
+from tritonimplicit.linear_solve.base import (
+    LinearSolver,
+    check_choice,
+    check_count,
+    check_tolerance,
+)
+from tritonimplicit.linear_solve.preconditioners import (
+    Preconditioner,
+    check_preconditioner,
+    vmapped,
+)
 from tritonimplicit.linear_solve.rows import RowMatvec
 from tritonimplicit.vectors import Layout
 
@@ -24,7 +34,9 @@ class IterativeSolver(LinearSolver):
     `maxiter` None is min(10 n, 1000) for n unknowns a system. `init` is the initial guess (None:
     zero), shaped as b. The host asks every `check_every` iterations whether a system still runs
     (None: each iteration; 0: never, so that all of `maxiter` is done without a host
-    synchronisation, if `on_failure` is "ignore").
+    synchronisation, if `on_failure` is "ignore"). `M`, a preconditioner, is about A^-1, ridge
+    included: a linear function r -> M r on pytrees shaped as b, with b's dtypes, for all systems at
+    once, or `Jacobi()` or `Nystrom(rank)`.
     """
 
     rtol: float = 1e-5
@@ -32,17 +44,17 @@ class IterativeSolver(LinearSolver):
     maxiter: int | None = None
     init: TensorTree | None = None
     check_every: int | None = None
+    M: Preconditioner | None = None
 
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
         for name in ("rtol", "atol"):
-            check_real(name, getattr(self, name))
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)!r}.")
+            check_tolerance(name, getattr(self, name))
         for name in ("maxiter", "check_every"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        check_preconditioner(self.M)
 
     def iteration_limit(self, layout: Layout) -> int:
         """`maxiter`, or its default for this size."""
@@ -75,7 +87,8 @@ class IterativeSolver(LinearSolver):
         """Return the solver for systems numbered by leading dimensions of these sizes as well."""
         init: TensorTree = self.init
         init = optree.tree_map(lambda t: t.expand(*sizes, *t.shape), init)
-        return dataclasses.replace(super().vmapped(sizes), init=init)  # type: ignore[call-arg]
+        M = vmapped(self.M, len(sizes))
+        return dataclasses.replace(super().vmapped(sizes), init=init, M=M)  # type: ignore[call-arg]
 
     def _expected(self) -> frozenset[Status]:
         if self.rtol == 0 and self.atol == 0:  # no tolerance asked for: any residual is in order

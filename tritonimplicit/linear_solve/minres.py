@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linear_solve.iterative import IterativeSolver
 from tritonimplicit.linear_solve.loop import Recurrence, solve_and_verify
-from tritonimplicit.linear_solve.progress import Progress
 from tritonimplicit.linear_solve.plain import (
     RowFunction,
     advance,
@@ -23,6 +22,7 @@ from tritonimplicit.linear_solve.plain import (
     record,
 )
 from tritonimplicit.linear_solve.preconditioners import row_preconditioner
+from tritonimplicit.linear_solve.progress import Progress
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit.operators import Matvec
 from tritonimplicit.vectors import Layout
@@ -43,11 +43,7 @@ class MINRES(IterativeSolver):
     Anal. 12, 1975.
     """
 
-    M: Any = None
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        super().__post_init__()
+    symmetric: ClassVar[bool] = True
 
     def _solve_rows(self, matvec: Matvec, b: TensorTree, layout: Layout) -> RowSolution:
         apply = RowMatvec(matvec, layout, self._ridge_rows(layout))
@@ -110,7 +106,8 @@ class _Lanczos(Recurrence):
         advances = advance(
             state,
             self._maxiter,
-            (codes.BREAKDOWN, singular | indefinite),
+            (codes.BREAKDOWN, singular),
+            (codes.PRECONDITIONER, indefinite),
             (codes.NON_FINITE, ~(size_sq < math.inf)),
         )
         c, s = alpha_0 / alpha_1, gamma / alpha_1

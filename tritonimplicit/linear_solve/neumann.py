@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linear_solve.base import check_real
 from tritonimplicit.linear_solve.iterative import FusedSolver
 from tritonimplicit.linear_solve.loop import Recurrence, solve_and_verify
+from tritonimplicit.linear_solve.power import largest_eigenvalue
+from tritonimplicit.linear_solve.preconditioners import row_preconditioner
 from tritonimplicit.linear_solve.progress import Progress
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit.operators import Matvec
@@ -28,15 +31,23 @@ class Neumann(FusedSolver):
     iteration and one matvec more for the residual that is reported. It needs the spectral radius
     of I - alpha A below 1: contractions, A = I - J. `alpha` None is 1, `maxiter` None is 10; with
     rtol = atol = 0, the default, the series is not tested for convergence.
+
+    `alpha="estimate"` is for A symmetric positive definite of any scale: 1 / (largest eigenvalue),
+    for each system, by a power iteration of 11 to 22 matvecs (see `power.largest_eigenvalue`). With
+    a preconditioner `M` the iteration is x <- x + alpha M (b - A x): the conditions on A, and the
+    estimate, are then for M A.
     """
 
     rtol: float = 0.0
-    alpha: float | None = None
+    alpha: float | Literal["estimate"] | None = None
 
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        if self.alpha is not None:
+        if isinstance(self.alpha, str):
+            if self.alpha != "estimate":
+                raise ValueError(f"alpha must be a number, 'estimate' or None, not {self.alpha!r}.")
+        elif self.alpha is not None:
             check_real("alpha", self.alpha)
             if self.alpha == 0:
                 raise ValueError("alpha must not be zero: the series would stay at its start.")
@@ -58,29 +69,45 @@ class Neumann(FusedSolver):
 class _Richardson(Recurrence):
     def __init__(self, solver: Neumann, apply: RowMatvec, b: Tensor):
         self.apply, self.b = apply, b
+        self._precondition = row_preconditioner(solver.M, apply)
         self._maxiter = solver.iteration_limit(apply.layout)
         self._backend = kernels.backend(solver.backend, b.device, b.dtype)
         b_norm = kernels.row_norms(b)
         tolerance = solver.tolerance(b_norm, b.dtype)
         self.x, residual = solver.start(apply, b, b_norm)
         self.start_norm = kernels.row_norms(residual)
-        alpha = 1.0 if solver.alpha is None else float(solver.alpha)
-        self._alpha = torch.full_like(b_norm, alpha)
+        self._alpha = self._step_length(solver.alpha)
         # Beyond a growth of 1/eps no digit of the start is left.
         self._limit = (self.start_norm / torch.finfo(b.dtype).eps).square()
         partials = self._backend.partial_count(b.shape[1])
         self.progress = Progress(self.start_norm, tolerance, partials)
         # A launch tests the residual of the iterate before the one that it updates: x is one update
         # ahead of the residual norm in `progress`, from the start on.
-        residual.masked_fill_((self.start_norm <= tolerance)[:, None], 0.0)
-        self.x.add_(residual, alpha=alpha)
+        moved = self.x + self._update(residual)
+        torch.where((self.start_norm <= tolerance)[:, None], self.x, moved, out=self.x)
 
     def step(self) -> None:
         state = self.progress
+        ax = self.apply(self.x)
+        if self._precondition is None:
+            self._launch(ax, self.b)
+            return
+        residual = torch.sub(self.b, ax)
+        # The launch adds alpha (z - 0); the residual's norm that it leaves is z's, to be replaced.
+        self._launch(torch.zeros_like(ax), self._precondition(residual))
+        squares = kernels.row_norms(residual).square_()
+        state.rr_out.zero_()
+        state.rr_out[:, 0] = squares.masked_fill_(state.state_out[0] >= 0, 0.0)
+
+    def restart(self, rows: Tensor, residual: Tensor) -> None:
+        self.x[rows] += self._update(residual)[rows]
+
+    def _launch(self, ax: Tensor, b: Tensor) -> None:
+        state = self.progress
         self._backend.neumann_step(
             self.x,
-            self.apply(self.x),
-            self.b,
+            ax,
+            b,
             self._alpha,
             state.rr,
             state.state,
@@ -92,5 +119,19 @@ class _Richardson(Recurrence):
             state.residual_sq,
         )
 
-    def restart(self, rows: Tensor, residual: Tensor) -> None:
-        self.x[rows] += self._alpha[rows, None].to(self.x.dtype) * residual[rows]
+    def _update(self, residual: Tensor) -> Tensor:
+        """Alpha M (b - A x), given b - A x."""
+        z = residual if self._precondition is None else self._precondition(residual)
+        return z * self._alpha.to(z.dtype)[:, None]
+
+    def _step_length(self, alpha: float | Literal["estimate"] | None) -> Tensor:
+        """(B,) float64."""
+        if alpha != "estimate":
+            return torch.full_like(self.start_norm, 1.0 if alpha is None else float(alpha))
+        size = largest_eigenvalue(self._system, self.apply.layout)
+        return torch.where(size == 0, 1.0, size.reciprocal())  # A = 0 has no scale to fit
+
+    def _system(self, v: Tensor) -> Tensor:
+        """The matrix that the iteration works on: A, or M A."""
+        av = self.apply(v)
+        return av if self._precondition is None else self._precondition(av)

@@ -25,8 +25,9 @@ class NormalCG(FusedSolver):
     """Conjugate gradient on (A^T A + ridge I) x = A^T b: two matvecs an iteration, any square A.
 
     Tolerances and residuals are those of the normal equations; their condition number is A's
-    squared. A^T b = 0 for a b that is not zero is a BREAKDOWN. The transpose is the matvec's own
-    `.T`, or recorded from it by autograd.
+    squared. A^T b = 0 for a b that is not zero is a BREAKDOWN. A preconditioner `M` is about the
+    inverse of that matrix, A^T A + ridge I, not of A: symmetric and definite. The transpose is the
+    matvec's own `.T`, or recorded from it by autograd.
     """
 
     def equation(self, matvec: Matvec, b: TensorTree) -> tuple[LinearSolver, Matvec, TensorTree]:

@@ -20,15 +20,21 @@ from tritonimplicit_kernels import status as codes
 RowFunction: TypeAlias = Callable[[Tensor], Tensor]
 
 
-def advance(progress: Progress, maxiter: int, *failures: tuple[int, Tensor]) -> Tensor:
+def advance(
+    progress: Progress,
+    maxiter: int,
+    *failures: tuple[int, Tensor],
+    running: Tensor | None = None,
+) -> Tensor:
     """Stop the systems that have ended, and return (B,) bool: those that do this step.
 
     `failures` are (status, (B,) bool) of what this step has met; a later one outweighs those
     before, and the end of the iterations and a residual norm below its threshold outweigh all.
+    `running` (B,) is how those that go on are marked, RUNNING by default.
     """
     seen, iterations = progress.state
     rr = progress.rr[:, 0]
-    code = torch.full_like(seen, codes.RUNNING)
+    code = torch.full_like(seen, codes.RUNNING) if running is None else running
     for status, failed in failures:
         code.masked_fill_(failed, status)
     code.masked_fill_(iterations >= maxiter, codes.MAX_ITERATIONS)

@@ -30,31 +30,38 @@ class RowSolution:
 
 
 class RowMatvec:
-    """(B, ld) -> (B, ld): v -> A v + ridge v, by a matvec on pytrees.
+    """(B, ld) -> (B, ld): v -> A v + ridge v, by a matvec on pytrees, which errors call `name`.
 
     What it returns is to be read only, and valid until the next call.
     """
 
-    def __init__(self, matvec: Matvec, layout: Layout, ridge: float | Tensor | None):
+    def __init__(
+        self,
+        matvec: Matvec,
+        layout: Layout,
+        ridge: float | Tensor | None = None,
+        name: str = "the matvec",
+    ):
         self.layout = layout
-        self._matvec = matvec
-        self._ridge = ridge
+        self.matvec = matvec
+        self.ridge = ridge
+        self._name = name
         self._out: Tensor | None = None
 
     def __call__(self, v: Tensor) -> Tensor:
         """A v + ridge v."""
         version = None if v.is_inference() else v._version
-        result = refuse_gradient(self._matvec(self.layout.unflatten(v)))
+        result = refuse_gradient(self.matvec(self.layout.unflatten(v)), self._name)
         if version is not None and v._version != version:
             raise RuntimeError(
-                "the matvec changed its argument in place, which is the solver's own vector: "
+                f"{self._name} changed its argument in place, which is the solver's own vector: "
                 "return a new tensor."
             )
-        rows = self.layout.gather(result, self._buffer, "the result of the matvec")
-        if isinstance(self._ridge, Tensor):
-            return torch.addcmul(rows, v, self._ridge, out=self._buffer())
-        if self._ridge is not None:
-            return torch.add(rows, v, alpha=self._ridge, out=self._buffer())
+        rows = self.layout.gather(result, self._buffer, f"the result of {self._name}")
+        if isinstance(self.ridge, Tensor):
+            return torch.addcmul(rows, v, self.ridge, out=self._buffer())
+        if self.ridge is not None:
+            return torch.add(rows, v, alpha=self.ridge, out=self._buffer())
         if _share_memory(
             rows, v
         ):  # an identity hands v back, and v changes while the result is read
@@ -71,14 +78,14 @@ class RowMatvec:
         return self._out
 
 
-def refuse_gradient(result: TensorTree) -> TensorTree:
-    """Return a matvec's result, or raise RuntimeError if a gradient would be lost by it."""
+def refuse_gradient(result: TensorTree, name: str = "the matvec") -> TensorTree:
+    """Return the result of `name`, or raise RuntimeError if a gradient would be lost by it."""
     tensors = [t for t in optree.tree_leaves(result) if isinstance(t, Tensor)]
     if any(is_transformed(t) for t in tensors):
         raise hidden_derivative()
     if any(t.requires_grad for t in tensors):
         raise RuntimeError(
-            "the matvec's result requires grad, and `solver.solve` is not differentiated: "
+            f"the result of {name} requires grad, and `solver.solve` is not differentiated: "
             "`solver(matvec, b)` is; or call it under torch.no_grad()."
         )
     return result

@@ -1,0 +1,98 @@
+"""Preconditioned conjugate gradient, the textbook's form, in plain torch on rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import tritonimplicit_kernels as kernels
+from tritonimplicit.linear_solve.iterative import FusedSolver
+from tritonimplicit.linear_solve.loop import Recurrence
+from tritonimplicit.linear_solve.plain import advance, record
+from tritonimplicit.linear_solve.progress import Progress
+from tritonimplicit.linear_solve.rows import RowMatvec
+from tritonimplicit_kernels import status as codes
+
+
+class PreconditionedCG(Recurrence):
+    """CG on A x = b for symmetric definite A and M = `precondition`, M about A^-1.
+
+    Saad, "Iterative Methods for Sparse Linear Systems" (2nd edition, 2003), algorithm 9.1, with z
+    and p taken at the start of an iteration: one product with M and one with A. It stops by the
+    norm of the residual b - A x, not by r.z. M and -M give the same iterates, so that M may be
+    negative definite as A may; where r.z vanishes or changes its sign M is not definite.
+    """
+
+    def __init__(
+        self,
+        solver: FusedSolver,
+        apply: RowMatvec,
+        b: Tensor,
+        precondition: Callable[[Tensor], Tensor],
+    ):
+        if solver.backend == "triton":
+            raise RuntimeError(
+                "backend='triton' has no kernels for CG with a preconditioner M: use "
+                "backend='auto', or leave M out."
+            )
+        self.apply, self.b = apply, b
+        self._precondition = precondition
+        self._maxiter = solver.iteration_limit(apply.layout)
+        b_norm = kernels.row_norms(b)
+        self.x, self._r = solver.start(apply, b, b_norm)
+        self._p = torch.zeros_like(b)
+        self._rz = torch.ones_like(b_norm)
+        tolerance = solver.tolerance(b_norm, b.dtype)
+        self.progress = Progress(kernels.row_norms(self._r), tolerance, partials=1)
+
+    def step(self) -> None:
+        """Do one iteration on the systems that run, or stop them."""
+        state, eps = self.progress, torch.finfo(self.b.dtype).eps
+        rr, seen = state.rr[:, 0], state.state[0]
+        z = self._precondition(self._r)
+        rz = kernels.row_dots(self._r, z)
+        beta = (rz / self._rz).masked_fill_(seen == codes.RUNNING, 0.0)
+        definite = (rz.abs() > eps * rr.sqrt() * kernels.row_norms(z)) & (beta >= 0)
+        _update(self._p, _scaled(self._p, beta).add_(z), (seen < 0) & definite)
+        ap = self.apply(self._p)
+        pap, ap_norm = kernels.row_dots(self._p, ap), kernels.row_norms(ap)
+
+        positive = pap > 0
+        flipped = (seen != codes.RUNNING) & (positive != (seen == codes.RUNNING_POSITIVE))
+        # alpha A p would be r's size over eps: no digit of r would be left.
+        negligible = pap.abs() * rr.sqrt() <= eps * rz.abs() * ap_norm
+        advances = advance(
+            state,
+            self._maxiter,
+            (codes.INDEFINITE, flipped),
+            (codes.BREAKDOWN, negligible),
+            (codes.PRECONDITIONER, ~definite),
+            (codes.NON_FINITE, ~(rz.isfinite() & pap.isfinite() & ap_norm.isfinite())),
+            running=codes.RUNNING_POSITIVE - (~positive).int(),  # one less is RUNNING_NEGATIVE
+        )
+        alpha = rz / pap
+        _update(self.x, _scaled(self._p, alpha).add_(self.x), advances)
+        _update(self._r, self._r - _scaled(ap, alpha), advances)
+        torch.where(advances, rz, self._rz, out=self._rz)
+        record(state, advances, kernels.row_norms(self._r).square_())
+
+    def restart(self, rows: Tensor, residual: Tensor) -> None:
+        """Begin again at x for these systems, with no search direction kept."""
+        self._r[rows] = residual[rows]
+        self._p[rows] = 0.0
+
+
+def _scaled(v: Tensor, by: Tensor) -> Tensor:
+    """Scale the rows of v (B, ld) by float64 scalars (B,), rounded once.
+
+    A product of its own, not fused into the sum that follows: torch's loops may or may not fuse, so
+    that a row's bits would depend on where it lies.
+    """
+    return v * by.to(v.dtype)[:, None]
+
+
+def _update(v: Tensor, new: Tensor, rows: Tensor) -> None:
+    """Write `new` into v, (B, ld) both, where `rows` (B,) says so."""
+    torch.where(rows[:, None], new, v, out=v)
