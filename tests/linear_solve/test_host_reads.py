@@ -26,9 +26,9 @@ SOLVERS = {
     "bicgstab": BiCGSTAB(rtol=1e-8),
     "minres": MINRES(rtol=1e-8),
 }
-FUSED = [name for name, solver in SOLVERS.items() if isinstance(solver, FusedSolver)]
-every_fused_solver = pytest.mark.parametrize("solver", map(SOLVERS.get, FUSED), ids=FUSED)
 every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+FUSED = {name: solver for name, solver in SOLVERS.items() if isinstance(solver, FusedSolver)}
+every_fused_solver = pytest.mark.parametrize("solver", FUSED.values(), ids=FUSED)
 
 
 class Reads(TorchDispatchMode):

@@ -68,10 +68,8 @@ def _looks_symmetric(apply: RowMatvec) -> bool:
     au, av = apply(u).clone(), apply(v)
     size = kernels.row_norms(au) + kernels.row_norms(av)
     coarsest = max(torch.finfo(dtype).eps for dtype in layout.dtypes)  # that products round to
-    differs: Tensor = (
-        kernels.row_dots(u, av) - kernels.row_dots(v, au)
-    ).abs() > 8 * coarsest * size
-    return not bool((differs | ~size.isfinite()).any())
+    difference: Tensor = (kernels.row_dots(u, av) - kernels.row_dots(v, au)).abs()
+    return bool((difference <= 8 * coarsest * size).all())
 
 
 def solve_auto(*, matvec: Matvec | None = None, b: TensorTree | None = None, **fields: Any) -> Auto:

@@ -47,9 +47,8 @@ class Dense(LinearSolver):
         solved, failed = (_cholesky if self.positive_definite else _lu)(matrix, y)
         residual_norm = _residual_norm(matrix, solved, y)
         eps = torch.finfo(layout.dtype).eps
-        tolerance = max(
-            math.sqrt(eps) if self.rtol is None else self.rtol, eps
-        ) * kernels.row_norms(rhs)
+        relative = math.sqrt(eps) if self.rtol is None else max(self.rtol, eps)
+        tolerance = relative * kernels.row_norms(rhs)
         status = torch.where(residual_norm <= tolerance, codes.CONVERGED, codes.STAGNATED)
         given = matrix.isfinite().all(2).all(1) & y.isfinite().all(1)
         status = torch.where(solved.isfinite().all(1) & given, status, codes.NON_FINITE)
