@@ -1,4 +1,4 @@
-"""Every Python example in the README runs, and its gradients are right."""
+"""Every Python example in the README and in docs/ runs, and its results are right."""
 
 import contextlib
 import io
@@ -8,15 +8,28 @@ from pathlib import Path
 import pytest
 import torch
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+BLOCKS = python_blocks(README)
+DOCS = [
+    pytest.param(block, id=f"{page.stem} {number}")
+    for page in PAGES[1:]
+    for number, block in enumerate(python_blocks(page), start=1)
+]
 
 
 def run(block):
     torch.manual_seed(0)
     names = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, "example", "exec"), names)
     return names, printed.getvalue()
 
 
@@ -62,6 +75,23 @@ def test_the_solver_prints_what_its_comment_says():
     assert printed.splitlines()[0] == promised
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8")))
-def test_links_lead_somewhere(link):
-    assert (README.parent / link).exists()
+# torch.func.hessian itself calls torch.jit.script.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("block", DOCS)
+def test_the_examples_of_the_docs_print_what_their_comments_say(block):
+    promised = re.findall(r"^print\(.*\)  # (.+)$", block, flags=re.MULTILINE)
+    _, printed = run(block)
+    assert promised
+    assert printed.splitlines() == promised
+
+
+LINKS = [
+    pytest.param(page, link, id=f"{page.stem}: {link}")
+    for page in PAGES
+    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS)
+def test_links_lead_somewhere(page, link):
+    assert (page.parent / link).exists()

@@ -21,14 +21,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_transforms_are_noticed():
-    seen = []
+    seen, escaped = [], []
 
     def f(x):
         seen.append((transforms_active(), is_transformed(x)))
+        escaped.append(x)
         return x.sum()
 
     f(torch.ones(2))
     torch.func.grad(f)(torch.ones(2))
+    assert not is_transformed(escaped[-1])
     torch.func.vmap(f)(torch.ones(2, 2))
     assert seen == [(False, False), (True, True), (True, True)]
 

@@ -28,9 +28,10 @@ def transforms_active() -> bool:
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether a torch.func transform has wrapped the tensor, at any level."""
-    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return wrapped
+    """Whether a torch.func transform has wrapped the tensor, at any level that is not over."""
+    functorch: Any = torch._C._functorch
+    wrapped: bool = functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped and not functorch.is_dead_tensor_wrapper(tensor)
 
 
 def is_legacy_batched(tensor: Tensor) -> bool:

@@ -31,6 +31,12 @@ def test_an_argument_that_is_no_tensor(library, value):
         solver(torch.ones(1), value)
 
 
+@pytest.mark.parametrize("argnums", [0, (0, 1)])
+def test_the_initial_guess_has_no_gradient(library, argnums):
+    with pytest.raises((AssertionError, ValueError)):  # TorchOpt's has no message
+        library.diff.implicit.custom_root(difference, argnums=argnums)
+
+
 @pytest.mark.parametrize("output", [None, 1.0, (torch.ones(1), "second")])
 def test_an_output_that_is_no_tensor(library, output):
     solver = library.diff.implicit.custom_root(difference, argnums=1)(lambda x, a: output)
@@ -136,11 +142,13 @@ def test_a_module_without_parameters_or_meta_parameters(library):
             return self
 
     module = Module()
-    with pytest.raises(RuntimeError, match=r"^The module has no parameters\.$"):
-        module.solve()
+    for method in (module.solve, module.optimality):
+        with pytest.raises(RuntimeError, match=r"^The module has no parameters\.$"):
+            method()
     module.w = nn.Parameter(torch.zeros(1))
-    with pytest.raises(RuntimeError, match=r"^The module has no meta-parameters\.$"):
-        module.solve()
+    for method in (module.solve, module.optimality):
+        with pytest.raises(RuntimeError, match=r"^The module has no meta-parameters\.$"):
+            method()
 
 
 def test_implicit_gradients_are_enabled_once(library):

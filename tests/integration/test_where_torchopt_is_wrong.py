@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchopt
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonimplicit
 from tests.integration.problems import F64, LIBRARIES, TORCH_WARNINGS, numbers
@@ -218,6 +219,15 @@ def test_matrices_that_cg_cannot_solve():
     torch.testing.assert_close(solve_normal_cg()(lambda v: scale * v, b), torch.tensor([1.0, -1.0]))
 
 
+def test_a_nonsymmetric_matrix_is_not_solved_by_cg_in_silence():
+    matrix, b = torch.tensor([[1.0, 5.0], [-5.0, 1.0]]), torch.tensor([1.0, 0.0])
+    exact = torch.linalg.solve(matrix, b)
+    assert (theirs.solve_cg()(lambda v: matrix @ v, b) - exact).norm() > 10 * exact.norm()
+    with pytest.warns(ConvergenceWarning):
+        solve_cg()(lambda v: matrix @ v, b)
+    torch.testing.assert_close(solve_normal_cg()(lambda v: matrix @ v, b), exact)
+
+
 def test_the_neumann_series_says_that_it_diverges():
     """For the root of f(z) - z, the sign of TorchOpt's documentation; f(z) = z / 2 + a."""
 
@@ -327,6 +337,56 @@ def test_a_compiled_root():
         gradient(square_root(THEIR_ROOT))
     ours = gradient(tritonimplicit.compilable(square_root(OUR_ROOT)))
     torch.testing.assert_close(ours, torch.full((2,), 0.25, dtype=F64))
+
+
+# --- What a solve costs --------------------------------------------------------------------------
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the values that the host reads, each of which would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_once_each_check_every_iterations():
+    """TorchOpt's: for each leaf, two and then two an iteration."""
+    scale = torch.logspace(0, 2, 32, dtype=F64)
+    b = torch.ones(32, dtype=F64), 2 * torch.ones(32, dtype=F64)
+
+    def reads(maxiter, solve):
+        with HostReads() as reads:
+            solve(maxiter)(lambda v: tuple(scale * leaf for leaf in v), b)
+        return reads.count
+
+    def growth(solve):
+        return reads(24, solve) - reads(16, solve)  # over 8 iterations
+
+    assert growth(lambda n: theirs.solve_cg(maxiter=n, rtol=0.0)) == 2 * 8 * len(b)
+    assert growth(lambda n: solve_cg(maxiter=n, rtol=0.0, check_every=8)) == 1
+    assert growth(lambda n: solve_cg(maxiter=n, rtol=0.0, check_every=0)) == 0
+
+
+@pytest.mark.parametrize("maxiter", [4, 12])
+def test_normal_cg_records_the_transpose_once(maxiter):
+    """TorchOpt's takes the matvec's vjp anew in each iteration."""
+    scale, b = torch.logspace(0, 2, 32, dtype=F64), torch.ones(32, dtype=F64)
+
+    def recordings(solver):
+        recorded = []
+
+        def matvec(v):
+            recorded.append(v.requires_grad)
+            return scale * v
+
+        solver(matvec, b)
+        return sum(recorded)
+
+    assert recordings(theirs.solve_normal_cg(maxiter=maxiter, rtol=0.0)) > maxiter
+    assert recordings(solve_normal_cg(maxiter=maxiter, rtol=0.0)) == 1
 
 
 # --- ImplicitMetaGradientModule -------------------------------------------------------------------

@@ -308,6 +308,29 @@ def test_solvers_of_the_same_form_are_accepted_and_held_to_it():
         grad(root(lambda matvec, b: (b[0].double(),)).sum(), a)
 
 
+def takes_no_right_hand_side(matvec):
+    return matvec
+
+
+@pytest.mark.parametrize(
+    "solve",
+    [ti.linear_solve.solve_cg, ti.linear_solve.solve_inv, CG, Dense, takes_no_right_hand_side],
+)
+def test_what_makes_a_solver_is_no_solver(solve):
+    message = rf"solve must be a function of \(matvec, b\); {solve.__name__} .*solve=solve_cg\(\)"
+    for decorate in (custom_root, ti.custom_fixed_point):
+        with pytest.raises(TypeError, match=message):
+            decorate(lambda x, a: x - a, argnums=1, solve=solve)
+    with pytest.raises(TypeError, match=rf"linear_{message}"):
+        type("M", (ti.nn.ImplicitMetaGradientModule,), {}, linear_solve=solve)
+
+
+def test_a_solver_is_called():
+    with pytest.raises(TypeError, match=r"solve must be a function of \(matvec, b\).* not a str"):
+        custom_root(lambda x, a: x - a, argnums=1, solve="cg")
+    custom_root(lambda x, a: x - a, argnums=1, solve=torch.linalg.solve)  # it has no signature
+
+
 @pytest.mark.parametrize(
     ("argnums", "error"),
     [

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+import inspect
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from tritonimplicit.diff.implicit.pytrees import tree_leaves
 from tritonimplicit.operators import graph_leaves
 from tritonimplicit.torch_internals import has_tangent, is_transformed, transforms_active
 
-_FUNCTIONS = (types.FunctionType, functools.partial)
+_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinMethodType, functools.partial)
+_INERT = (bool, int, float, str, type, types.ModuleType)
 
 
 def hidden_leaves(outputs: Iterable[Tensor], given: Iterable[Tensor]) -> list[Tensor]:
@@ -50,44 +52,57 @@ def _warn_of(hidden: list[Tensor]) -> None:
 
 
 def closed_over(fn: Any) -> Iterator[Tensor]:
-    """Tensors in the closure of a function, and in those of the functions that it closes over.
+    """Tensors that a function holds without being given them, those of modules left out.
 
-    Those of modules are not among them: functional_call may give it others.
+    It holds its closure, its defaults and the object that it is a method of, or that is called as
+    it is; and what these hold. A module's parameters are not among them: functional_call may give
+    it others.
     """
-    return _walk(fn, _FUNCTIONS, set()) if isinstance(fn, _FUNCTIONS) else iter(())
+    return _walk(fn, set(), into_modules=False)
 
 
 def held_by(thing: Any) -> Iterator[Tensor]:
-    """Tensors that an object which is no pytree visibly holds: closure, attributes, parameters."""
-    return _walk(thing, (*_FUNCTIONS, types.MethodType, nn.Module), set())
+    """The same for an object of any kind that is no pytree, the parameters of modules included."""
+    return _walk(thing, set(), into_modules=True)
 
 
-def _walk(thing: Any, kinds: tuple[type, ...], seen: set[int]) -> Iterator[Tensor]:
-    seen.add(id(thing))
-    for leaf in tree_leaves(_contents(thing)):
+def _walk(
+    things: Any, seen: set[int], *, into_modules: bool, into_all: bool = True
+) -> Iterator[Tensor]:
+    for leaf in tree_leaves(things):
+        follow = into_all or callable(leaf) or isinstance(leaf, Tensor) or is_dataclass(leaf)
+        if not follow or id(leaf) in seen or isinstance(leaf, _INERT):
+            continue
+        seen.add(id(leaf))
         if isinstance(leaf, Tensor):
             yield leaf
-        elif id(leaf) not in seen and (isinstance(leaf, kinds) or dataclasses.is_dataclass(leaf)):
-            yield from _walk(leaf, kinds, seen)
+        elif isinstance(leaf, nn.Module):
+            if into_modules:
+                yield from leaf.parameters()
+        else:
+            # Functions name what they hold; the attributes of other objects may lead anywhere.
+            named = isinstance(leaf, _FUNCTIONS)
+            yield from _walk(_contents(leaf), seen, into_modules=into_modules, into_all=named)
 
 
 def _contents(thing: Any) -> list[Any]:
-    if isinstance(thing, (bool, int, float, str, type, types.NoneType)):
-        return []
-    if isinstance(thing, nn.Module):
-        return list(thing.parameters())
-    if isinstance(thing, types.MethodType):
-        return _contents(thing.__self__)
     if isinstance(thing, functools.partial):
         return [thing.func, thing.args, thing.keywords]
+    if isinstance(thing, (types.MethodType, types.BuiltinMethodType)):
+        return [getattr(thing, "__func__", None), thing.__self__]
     if isinstance(thing, types.FunctionType):
-        contents = []
+        contents: list[Any] = [thing.__defaults__, thing.__kwdefaults__]
         for cell in thing.__closure__ or ():
             with contextlib.suppress(ValueError):  # a cell that is still empty
                 contents.append(cell.cell_contents)
         return contents
-    names = {**getattr(thing, "__dict__", {}), **getattr(thing, "__dataclass_fields__", {})}
-    return [getattr(thing, name, None) for name in names]
+    members = {name: m for cls in reversed(type(thing).__mro__) for name, m in vars(cls).items()}
+    slots = [name for name, member in members.items() if inspect.ismemberdescriptor(member)]
+    attributes = [
+        *getattr(thing, "__dict__", {}).values(),
+        *(getattr(thing, s, None) for s in slots),
+    ]
+    return [*attributes, members.get("__call__")]
 
 
 class HiddenTransforms(TorchFunctionMode):
@@ -115,7 +130,7 @@ def refuse_transformed_closure(fn: Callable[..., Any]) -> None:
     """Raise RuntimeError if a transform or forward AD would lose the gradient of a closure."""
     if any(is_transformed(tensor) or has_tangent(tensor) for tensor in closed_over(fn)):
         raise RuntimeError(
-            "optimality_fn closes over a tensor that forward-mode AD or a torch.func transform "
-            "(grad, jvp, vmap, ...) is working on, which would silently get no gradient: pass it "
-            "as an argument and name it in argnums."
+            "optimality_fn closes over a tensor, or over an object with one among its attributes, "
+            "that forward-mode AD or a torch.func transform (grad, jvp, vmap, ...) is working on, "
+            "which would silently get no gradient: pass it as an argument and name it in argnums."
         )

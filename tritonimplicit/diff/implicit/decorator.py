@@ -55,7 +55,7 @@ def custom_root(
 
     Raises:
         TypeError, ValueError: for `argnums` or `argnames` that name no argument to differentiate
-            in, here.
+            in, or a `solve` that does not take (matvec, b), here.
         RuntimeError: "custom_root(optimality_fn)(solver_fn)(*args): ..." at a call whose arguments
             or result do not fit.
         TypeError: at a call whose keyword arguments `optimality_fn` cannot take, or in the backward
@@ -65,6 +65,7 @@ def custom_root(
     if not (positions or names):
         raise ValueError("argnums and argnames are empty: name an argument to differentiate in.")
     solver = NormalCG() if solve is None else solve
+    check_solve("solve", solver)
 
     def decorate(solver_fn: SolverFn) -> SolverFn:
         solver_signature = inspect.signature(solver_fn)
@@ -89,6 +90,27 @@ def custom_root(
         return wrapped  # type: ignore[return-value]
 
     return decorate
+
+
+def check_solve(name: str, solve: object) -> None:
+    """Raise TypeError for what cannot be called as solve(matvec, b)."""
+    if not callable(solve):
+        raise TypeError(
+            f"{name} must be a function of (matvec, b), such as solve_cg(), "
+            f"not a {type(solve).__name__}."
+        )
+    try:
+        signature = inspect.signature(solve)
+    except ValueError:  # as many functions written in C have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        own = getattr(solve, "__name__", type(solve).__name__)
+        raise TypeError(
+            f"{name} must be a function of (matvec, b); {own} takes other arguments. If it makes "
+            f"such a function, call it: {name}=solve_cg(), not {name}=solve_cg."
+        ) from None
 
 
 def _positions(argnums: int | Sequence[int] | None) -> tuple[int, ...]:

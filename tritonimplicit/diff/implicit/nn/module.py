@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tritonimplicit.diff.implicit.decorator import custom_root
+from tritonimplicit.diff.implicit.decorator import check_solve, custom_root
 from tritonimplicit.diff.implicit.nn.meta import MetaGradientModule
 from tritonimplicit.diff.implicit.nn.replica import replicate
 from tritonimplicit.diff.implicit.nn.solved import SolvedModule
@@ -49,7 +49,7 @@ class ImplicitMetaGradientModule(SolvedModule, abc.ABC):
     `solve`. A copy of a solved module, by deepcopy or pickle, has the solution's values in leaves.
 
     Raises, when a subclass is made: TypeError for a subclass with neither `optimality` nor
-    `objective`, or with one that is not a method.
+    `objective`, or with one that is not a method, or a `linear_solve` that takes no (matvec, b).
     """
 
     linear_solve: ClassVar[Solve | None] = None
@@ -58,11 +58,7 @@ class ImplicitMetaGradientModule(SolvedModule, abc.ABC):
         """Derive what is not given, and make `solve` differentiable."""
         super().__init_subclass__(**kwargs)
         if linear_solve is not None:
-            if not callable(linear_solve):
-                raise TypeError(
-                    "linear_solve must be a function of (matvec, b), such as solve_cg(), "
-                    f"not a {type(linear_solve).__name__}."
-                )
+            check_solve("linear_solve", linear_solve)
             cls.linear_solve = linear_solve
         if not _is_derived(cls):
             _check_method(cls, "optimality")
