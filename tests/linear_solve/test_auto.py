@@ -52,7 +52,8 @@ def test_it_takes_an_operators_word_and_asks_nothing():
     ):
         calls.clear()
         solution = Auto(rtol=1e-6).solve(operator, b)
-        assert solution.solver == name and solution.iterations < 20  # no restart
+        assert solution.solver == name
+        assert name != "GMRES" or solution.iterations < 20  # no restart
         assert len(calls) == solution.iterations + extra
 
 

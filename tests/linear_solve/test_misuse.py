@@ -9,8 +9,12 @@ from tritonimplicit.linear_solve import (
     Dense,
     Neumann,
     NormalCG,
+    solve_auto,
+    solve_bicgstab,
     solve_cg,
+    solve_gmres,
     solve_inv,
+    solve_minres,
     solve_normal_cg,
 )
 
@@ -61,10 +65,27 @@ def test_alpha_must_move_the_iterate():
 
 
 def test_overrides_are_checked_as_fields_are():
-    with pytest.raises(TypeError, match="tol"):
+    with pytest.raises(TypeError, match=r"CG has no field tol; it has .* rtol, atol, maxiter"):
         CG()(lambda v: v, torch.ones(2), tol=1e-3)
     with pytest.raises(ValueError, match="maxiter"):
         CG()(lambda v: v, torch.ones(2), maxiter=-1)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        solve_auto,
+        solve_bicgstab,
+        solve_cg,
+        solve_gmres,
+        solve_inv,
+        solve_minres,
+        solve_normal_cg,
+    ],
+)
+def test_factories_name_the_fields_there_are(factory):
+    with pytest.raises(TypeError, match="has no field maxitre; it has ridge, batch_ndim"):
+        factory(maxitre=3)
 
 
 def test_factories_take_torchopts_extra_keywords_and_build_solvers():

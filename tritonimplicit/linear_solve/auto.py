@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
-from tritonimplicit.linear_solve.base import LinearSolver
+from tritonimplicit.linear_solve.base import LinearSolver, build
 from tritonimplicit.linear_solve.cg import CG
 from tritonimplicit.linear_solve.dense import Dense
 from tritonimplicit.linear_solve.gmres import GMRES
@@ -77,4 +77,4 @@ def solve_auto(*, matvec: Matvec | None = None, b: TensorTree | None = None, **f
 
     `matvec` and `b` are accepted and not used, as by `solve_cg`.
     """
-    return Auto(**fields)
+    return build(Auto, fields)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import optree
 import torch
@@ -26,6 +27,8 @@ from tritonimplicit.linear_solve.solve import OwnSolver
 from tritonimplicit.operators import Matvec, shifted
 from tritonimplicit.solve_log import record
 from tritonimplicit.vectors import Layout
+
+S = TypeVar("S", bound="LinearSolver")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,8 @@ class LinearSolver(OwnSolver):
         (reaching a `maxiter` that was given, or any residual where no tolerance was): that is none.
         Raises as `solve` does, and ConvergenceError if `on_failure` is "raise".
         """
+        if overrides:
+            check_fields(type(self), overrides)
         solver = dataclasses.replace(self, **overrides) if overrides else self
         return solve_directly(solver, matvec, b)
 
@@ -159,6 +164,21 @@ class LinearSolver(OwnSolver):
             return None if ridge is None else float(ridge)
         check_ridge(ridge, layout)
         return ridge.detach().to(layout.dtype).expand(layout.batch_shape).reshape(-1, 1)
+
+
+def build(solver: type[S], fields: Mapping[str, Any]) -> S:
+    """Return `solver(**fields)`. Raises TypeError, with the fields there are, for another."""
+    check_fields(solver, fields)
+    return solver(**fields)
+
+
+def check_fields(solver: type[LinearSolver], fields: Mapping[str, Any]) -> None:
+    """Raise TypeError for a name that is none of the solver's fields."""
+    known = [field.name for field in dataclasses.fields(solver)]
+    if unknown := [name for name in fields if name not in known]:
+        raise TypeError(
+            f"{solver.__name__} has no field {', '.join(unknown)}; it has {', '.join(known)}."
+        )
 
 
 def check_real(name: str, value: object) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
+from tritonimplicit.linear_solve.base import build
 from tritonimplicit.linear_solve.iterative import FusedSolver
 from tritonimplicit.linear_solve.loop import Recurrence, solve_and_verify
 from tritonimplicit.linear_solve.preconditioned_cg import PreconditionedCG
@@ -86,4 +87,4 @@ def solve_cg(*, matvec: Matvec | None = None, b: TensorTree | None = None, **fie
     `matvec` and `b` are accepted because calls written for TorchOpt give them here too, and not
     used: the solver is called with them.
     """
-    return CG(**fields)
+    return build(CG, fields)

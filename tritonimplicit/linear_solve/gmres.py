@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
-from tritonimplicit.linear_solve.base import check_count
+from tritonimplicit.linear_solve.base import build, check_count
 from tritonimplicit.linear_solve.iterative import IterativeSolver
 from tritonimplicit.linear_solve.loop import Recurrence, solve_and_verify
 from tritonimplicit.linear_solve.plain import (
@@ -196,4 +196,4 @@ def solve_gmres(
 
     `matvec` and `b` are accepted and not used, as by `solve_cg`.
     """
-    return GMRES(**fields)
+    return build(GMRES, fields)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tritonimplicit.diagnostics import TensorTree
+from tritonimplicit.linear_solve.base import build
 from tritonimplicit.linear_solve.dense import Dense
 from tritonimplicit.linear_solve.neumann import Neumann
 from tritonimplicit.operators import Matvec
@@ -22,4 +23,4 @@ def solve_inv(
     `fields` are those of the solver that is returned. `matvec` and `b` are accepted and not used,
     as by `solve_cg`.
     """
-    return Neumann(**fields) if ns else Dense(**fields)
+    return build(Neumann, fields) if ns else build(Dense, fields)

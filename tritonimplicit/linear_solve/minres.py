@@ -11,6 +11,7 @@ from torch import Tensor
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
+from tritonimplicit.linear_solve.base import build
 from tritonimplicit.linear_solve.iterative import IterativeSolver
 from tritonimplicit.linear_solve.loop import Recurrence, solve_and_verify
 from tritonimplicit.linear_solve.plain import (
@@ -175,4 +176,4 @@ def solve_minres(
 
     `matvec` and `b` are accepted and not used, as by `solve_cg`.
     """
-    return MINRES(**fields)
+    return build(MINRES, fields)

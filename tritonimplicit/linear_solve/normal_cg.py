@@ -11,7 +11,7 @@ import torch
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
-from tritonimplicit.linear_solve.base import LinearSolver
+from tritonimplicit.linear_solve.base import LinearSolver, build
 from tritonimplicit.linear_solve.cg import CG, conjugate_gradient
 from tritonimplicit.linear_solve.iterative import FusedSolver
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution, refuse_gradient
@@ -87,4 +87,4 @@ def solve_normal_cg(
 
     `matvec` and `b` are accepted and not used, as by `solve_cg`.
     """
-    return NormalCG(**fields)
+    return build(NormalCG, fields)
