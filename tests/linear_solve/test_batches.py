@@ -81,9 +81,11 @@ def test_counts_of_full_matrices_are_close_to_those_alone(name):
     """bmm and mv round differently, which ill-conditioned systems amplify from step to step.
 
     So the counts of the hardest may differ by more than a tenth: of 800 systems of this kind, in
-    fp64 by CG, two differed by 12 and 13 %.
+    fp64 by CG, two differed by 12 and 13 %. GMRES without restarts, which amplify it further.
     """
     solver = batched(SOLVERS[name], maxiter=2000)
+    if name == "gmres":
+        solver = dataclasses.replace(solver, restart=N)
     generator = torch.Generator().manual_seed(1)
     q = torch.linalg.qr(torch.randn(B, N, N, dtype=DOUBLE, generator=generator))[0]
     eigenvalues = EIGENVALUES.sqrt() if name == "normal_cg" else EIGENVALUES
