@@ -93,7 +93,7 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
 
 def _by_tile(sums: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
     out = torch.empty(vectors[0].shape[0], dtype=torch.float64)
-    for rows in row_groups([True] * out.shape[0], vectors[0].shape[1]):
+    for rows in row_groups(vectors[0]):
         out[rows] = row_sums(sums(*tile) for tile in column_tiles(*take(rows, *vectors)))
     return out
 
