@@ -33,7 +33,7 @@ def cg_dots(p: Tensor, ap: Tensor, state: Tensor, dots: Tensor) -> None:
 def _products(p: Tensor, ap: Tensor) -> tuple[Tensor, Tensor]:
     room = scratch(p, 2)
     p, ap = widen(p, room[0]), widen(ap, room[1])
-    return products(p, ap), squares(ap)
+    return products(p, ap, room[0]), squares(ap)
 
 
 def cg_step(
