@@ -9,7 +9,13 @@ from tritonimplicit_kernels.reference import plain
 from tritonimplicit_kernels.reference.common import all_advance_cg
 from tritonimplicit_kernels.reference.dots import products, row_sums, scratch, squares, widen
 from tritonimplicit_kernels.reference.rules import decide_cg
-from tritonimplicit_kernels.reference.tiles import column_tiles, put_back, row_groups, take
+from tritonimplicit_kernels.reference.tiles import (
+    column_tiles,
+    put_back,
+    row_groups,
+    take,
+    write_sums,
+)
 
 
 def cg_dots(p: Tensor, ap: Tensor, state: Tensor, dots: Tensor) -> None:
@@ -17,17 +23,17 @@ def cg_dots(p: Tensor, ap: Tensor, state: Tensor, dots: Tensor) -> None:
     if p.device.type != "cpu":
         return plain.cg_dots(p, ap, state, dots)
     dots.zero_()
-    for rows in row_groups((state[0] < 0).tolist(), p.shape[1]):
+    for rows in row_groups(p, state[0] < 0):
         tiles = [_products(*tile) for tile in column_tiles(*take(rows, p, ap))]
         pap, apap = zip(*tiles, strict=True)
-        dots[0, rows, 0], dots[1, rows, 0] = row_sums(pap), row_sums(apap)
+        write_sums(dots, rows, torch.stack([row_sums(pap), row_sums(apap)]))
     return None
 
 
 def _products(p: Tensor, ap: Tensor) -> tuple[Tensor, Tensor]:
     room = scratch(p, 2)
     p, ap = widen(p, room[0]), widen(ap, room[1])
-    return products(p, ap), squares(ap)
+    return products(p, ap, room[0]), squares(ap)
 
 
 def cg_step(
@@ -52,15 +58,15 @@ def cg_step(
         )
     decision = dots, rr, state, threshold, maxiter, state_out, residual_sq, x.dtype
     rr_out.zero_()
-    wanted, scales = [True] * x.shape[0], all_advance_cg(*decision)
+    advances, scales = None, all_advance_cg(*decision)
     if scales is None:
         advances, alpha_b, beta_b = decide_cg(*decision)
-        wanted, scales = advances.tolist(), (alpha_b, beta_b)
-    for rows in row_groups(wanted, x.shape[1]):
+        scales = alpha_b, beta_b
+    for rows in row_groups(x, advances):
         vectors = take(rows, x, r, p, ap)
         alpha, beta = (scale[rows] if isinstance(scale, Tensor) else scale for scale in scales)
         tiles = column_tiles(*vectors)
-        rr_out[rows, 0] = row_sums(_update(tile, alpha, beta) for tile in tiles)
+        write_sums(rr_out, rows, row_sums(_update(tile, alpha, beta) for tile in tiles))
         put_back(rows, (x, r, p), vectors[:3])
     return None
 

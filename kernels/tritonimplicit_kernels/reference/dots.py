@@ -29,19 +29,22 @@ def scratch(tile: Tensor, count: int = 1) -> Tensor:
 
 
 def widen(tile: Tensor, room: Tensor) -> Tensor:
-    """Return `tile` (R, W) in float64, padded with zeros to the width of `room`, where it lies."""
+    """Return `tile` (R, W) in float64, padded with zeros to the width of `room`.
+
+    It is a copy in `room`, or `tile` itself where that is both.
+    """
     width = tile.shape[1]
     if room.shape[1] == width:
-        return room.copy_(tile)
+        return tile if tile.dtype is torch.float64 else room.copy_(tile)
     room[:, width:].zero_()
     room[:, :width].copy_(tile)
     return room
 
 
-def products(a: Tensor, b: Tensor) -> Tensor:
-    """Return a.b of each row of widened tiles as (R,); `a` is overwritten."""
-    a.mul_(b)
-    return a.sum(1) if a.shape[1] <= CHUNK else _chunks(a).sum(2).sum(1)
+def products(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
+    """Return a.b of each row of widened tiles as (R,); `room` may be where `a` lies."""
+    product = torch.mul(a, b, out=room)
+    return product.sum(1) if product.shape[1] <= CHUNK else _chunks(product).sum(2).sum(1)
 
 
 def squares(a: Tensor) -> Tensor:
@@ -88,15 +91,15 @@ def row_norms(v: Tensor) -> Tensor:
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
     room = scratch(a, 2)
-    return products(widen(a, room[0]), widen(b, room[1]))
+    return products(widen(a, room[0]), widen(b, room[1]), room[0])
 
 
 def _by_tile(sums: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
     out = torch.empty(vectors[0].shape[0], dtype=torch.float64)
-    for rows in row_groups([True] * out.shape[0], vectors[0].shape[1]):
+    for rows in row_groups(vectors[0]):
         out[rows] = row_sums(sums(*tile) for tile in column_tiles(*take(rows, *vectors)))
     return out
 
 
 def _chunks(a: Tensor) -> Tensor:
-    return a.view(a.shape[0], -1, CHUNK)
+    return a.reshape(a.shape[0], -1, CHUNK)

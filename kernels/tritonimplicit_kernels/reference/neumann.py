@@ -8,7 +8,13 @@ from torch import Tensor
 from tritonimplicit_kernels.reference import plain
 from tritonimplicit_kernels.reference.dots import row_sums, scratch, squares, widen
 from tritonimplicit_kernels.reference.rules import decide_neumann
-from tritonimplicit_kernels.reference.tiles import column_tiles, put_back, row_groups, take
+from tritonimplicit_kernels.reference.tiles import (
+    column_tiles,
+    put_back,
+    row_groups,
+    take,
+    write_sums,
+)
 
 
 def neumann_step(
@@ -34,10 +40,11 @@ def neumann_step(
     advances = decide_neumann(rr, state, threshold, limit, maxiter, state_out, residual_sq)
     rr_out.zero_()
     scale = alpha.to(x.dtype)[:, None]  # (B, 1)
-    for rows in row_groups(advances.tolist(), x.shape[1]):
+    for rows in row_groups(x, advances):
         vectors = take(rows, x, ax, b)
         (alpha_rows,) = take(rows, scale)
-        rr_out[rows, 0] = row_sums(_update(tile, alpha_rows) for tile in column_tiles(*vectors))
+        tiles = column_tiles(*vectors)
+        write_sums(rr_out, rows, row_sums(_update(tile, alpha_rows) for tile in tiles))
         put_back(rows, (x,), vectors[:1])
     return None
 

@@ -20,18 +20,23 @@ Rows = slice | Tensor
 _ALL: Final = slice(None)
 
 
-def row_groups(wanted: Sequence[bool], ld: int) -> Iterator[Rows]:
-    """Cut the wanted rows of `ld` elements into groups of a tile: a slice, or indices if scattered.
+def row_groups(vector: Tensor, wanted: Tensor | None = None) -> Iterator[Rows]:
+    """Cut the rows of `vector` (B, ld), or those `wanted` (B,), into groups of a tile.
 
-    A row longer than a tile is a group of its own, in a batch as alone.
+    A group is a slice, or indices where the wanted rows are scattered. A row longer than a tile is
+    a group of its own, in a batch as alone.
     """
+    batch, ld = vector.shape
     size = max(1, TILE // ld)
-    if all(wanted) and 0 < len(wanted) <= size:
-        yield _ALL
-        return
-    rows = [row for row, want in enumerate(wanted) if want]
-    for start in range(0, len(rows), size):
-        group = rows[start : start + size]
+    if wanted is None or wanted.all():
+        if 0 < batch <= size:
+            yield _ALL
+            return
+        wanted_rows: Sequence[int] = range(batch)
+    else:
+        wanted_rows = [row for row, want in enumerate(wanted.tolist()) if want]
+    for start in range(0, len(wanted_rows), size):
+        group = wanted_rows[start : start + size]
         first, end = group[0], group[-1] + 1
         yield slice(first, end) if end - first == len(group) else torch.tensor(group)
 
@@ -46,6 +51,15 @@ def put_back(rows: Rows, tensors: Sequence[Tensor], taken: Sequence[Tensor]) -> 
     if isinstance(rows, Tensor):
         for tensor, rows_of_it in zip(tensors, taken, strict=True):
             tensor[rows] = rows_of_it
+
+
+def write_sums(out: Tensor, rows: Rows, sums: Tensor) -> None:
+    """Write `sums` (..., R) as the first partial sums of these rows of `out` (..., B, P)."""
+    first = out.select(-1, 0)
+    if rows is _ALL:
+        first.copy_(sums)
+    else:
+        first[..., rows] = sums
 
 
 def column_tiles(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
