@@ -47,11 +47,12 @@ def _one(
     """Decide for a single system, in Python's floats."""
     (seen,), (iterations,) = state.tolist()
     (residual,), ((pap,), (apap,)) = rr.sum(-1).tolist(), dots.sum(-1).tolist()
+    (tolerance,) = threshold.tolist()
     eps = torch.finfo(dtype).eps
     advances = (
         seen == (status.RUNNING_POSITIVE if pap > 0 else status.RUNNING_NEGATIVE)
         and iterations < maxiter
-        and threshold.item() < residual < math.inf
+        and tolerance < residual < math.inf
         and apap < math.inf
         and math.sqrt(residual) * math.sqrt(apap) * eps < abs(pap) < math.inf
     )
@@ -77,4 +78,4 @@ def _many(
         & (size > rr_b.sqrt() * apap.sqrt() * torch.finfo(dtype).eps)
         & (rr_b + apap + size < torch.inf)
     )
-    return cg_scales(rr_b, pap, apap, dtype) if advances.all() else None
+    return cg_scales(rr_b, pap, apap, dtype) if all(advances.tolist()) else None

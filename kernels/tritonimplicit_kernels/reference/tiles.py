@@ -28,13 +28,14 @@ def row_groups(vector: Tensor, wanted: Tensor | None = None) -> Iterator[Rows]:
     """
     batch, ld = vector.shape
     size = max(1, TILE // ld)
-    if wanted is None or wanted.all():
+    wants = None if wanted is None else wanted.tolist()
+    if wants is None or all(wants):
         if 0 < batch <= size:
             yield _ALL
             return
         wanted_rows: Sequence[int] = range(batch)
     else:
-        wanted_rows = [row for row, want in enumerate(wanted.tolist()) if want]
+        wanted_rows = [row for row, want in enumerate(wants) if want]
     for start in range(0, len(wanted_rows), size):
         group = wanted_rows[start : start + size]
         first, end = group[0], group[-1] + 1
