@@ -59,7 +59,7 @@ class KernelStep:
         self._rr[:, 0] = kernels.row_norms(start.r).square()
         self._rr_out = torch.empty_like(self._rr)
         self._state = torch.zeros(2, systems, dtype=torch.int32, device=device)
-        self._state[0] = kernels.status.RUNNING
+        self._state[0] = kernels.status.RUNNING_POSITIVE  # what two iterations have seen
         self._state_out = torch.empty_like(self._state)
         self._threshold = torch.zeros(systems, dtype=torch.float64, device=device)
         self._residual_sq = torch.empty_like(self._threshold)

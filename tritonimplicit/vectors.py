@@ -15,7 +15,8 @@ from tritonimplicit.diagnostics import TensorTree
 
 ALIGNMENT = 16
 """Elements: each leaf starts at a multiple of it, so that the kernels load 128 bits at a time."""
-_ALIGNMENT_BYTES = 16
+_ALIGNMENT_BYTES = 64
+"""BLAS adds up a row in an order that depends on where it begins; 16 would do for the kernels."""
 
 
 @dataclass(frozen=True)

@@ -51,13 +51,12 @@ def test_a_system_is_the_same_alone_and_in_a_batch(
     assert bits_equal(TARGET.run(step).select(running), together.select(running))
 
 
-@pytest.mark.parametrize("n", LENGTHS)
-def test_threads_do_not_change_the_bits(n: int) -> None:
+def test_threads_do_not_change_the_bits_of_short_rows() -> None:
     before = torch.get_num_threads()
     done = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        done.append([TARGET.run(make(2, n, torch.float32)) for make in (cg, neumann)])
+        done.append([TARGET.run(make(600, 2048, torch.float32)) for make in (cg, neumann)])
     torch.set_num_threads(before)
     for other in done[1:]:
         assert all(bits_equal(a, b) for a, b in zip(done[0], other, strict=True))

@@ -1,60 +1,69 @@
 """Sums along rows, in float64 and in an order that only the row's length decides.
 
-A row is added up by chunks, the chunks of a tile next, the tiles last. None of these sums is long
-enough for torch to split it among threads: from 32,768 elements on it would, if the row is alone.
+Short rows are added up many at once, by sums too short for torch to split among threads; each tile
+of a long row by BLAS, in memory that always begins at a multiple of 64 bytes; tiles in their order.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from tritonimplicit_kernels.reference.tiles import column_tiles, row_groups, take
+from tritonimplicit_kernels.reference.tiles import TILE, column_tiles, row_groups, take
 
-CHUNK: Final = 2048
+SHORT: Final = 2048
+_ALIGNMENT: Final = 8
+"""In float64 numbers: 64 bytes."""
+
+
+class _Room(threading.local):
+    """Scratch memory of a thread: fresh memory costs more, in page faults, than what is done in it."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):
+            self.memory = torch.empty(2 * TILE + 2 * _ALIGNMENT, dtype=torch.float64, device="cpu")
+
+
+_ROOM: Final = _Room()
 
 
 def scratch(tile: Tensor, count: int = 1) -> Tensor:
-    """Return uninitialised float64 room for `count` tiles (R, W), their rows in whole chunks.
+    """Return uninitialised float64 room for up to two tiles: (count, R, W), rows aligned.
 
-    One allocation for a tile's every need: large ones that come and go together make the allocator
-    return memory to the system, which costs more than the step.
+    It is the thread's own, until the next call.
     """
     rows, width = tile.shape
-    padded = width if width <= CHUNK else -(-width // CHUNK) * CHUNK
-    return torch.empty((count, rows, padded), dtype=torch.float64, device="cpu")
+    padded = -(-width // _ALIGNMENT) * _ALIGNMENT
+    memory = _ROOM.memory
+    if count * rows * padded > memory.numel():  # of a width that no tile has
+        memory = memory.new_empty(count * rows * padded)
+    return memory[: count * rows * padded].view(count, rows, padded)[:, :, :width]
 
 
 def widen(tile: Tensor, room: Tensor) -> Tensor:
-    """Return `tile` (R, W) in float64, padded with zeros to the width of `room`.
-
-    It is a copy in `room`, or `tile` itself where that is both.
-    """
-    width = tile.shape[1]
-    if room.shape[1] == width:
-        return tile if tile.dtype is torch.float64 else room.copy_(tile)
-    room[:, width:].zero_()
-    room[:, :width].copy_(tile)
-    return room
+    """Return `tile` (R, W) in float64: a copy in `room`, or `tile` itself where it is."""
+    return tile if tile.dtype is torch.float64 else room.copy_(tile)
 
 
 def products(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
     """Return a.b of each row of widened tiles as (R,); `room` may be where `a` lies."""
-    product = torch.mul(a, b, out=room)
-    return product.sum(1) if product.shape[1] <= CHUNK else _chunks(product).sum(2).sum(1)
+    if a.shape[1] <= SHORT:
+        return torch.mul(a, b, out=room).sum(1)
+    sums = [torch.dot(x, y).tolist() for x, y in zip(a.unbind(), b.unbind(), strict=True)]
+    return torch.tensor(sums, dtype=torch.float64)
 
 
 def squares(a: Tensor) -> Tensor:
     """Return a.a of each row of a widened tile as (R,)."""
-    # The norm reads once what a product and its sum would read and write twice.
-    if a.shape[1] <= CHUNK:
+    if a.shape[1] <= SHORT:
+        # The norm reads once what a product and its sum would read and write twice.
         norms: Tensor = torch.linalg.vector_norm(a, dim=1)
         return norms.square_()
-    norms = torch.linalg.vector_norm(_chunks(a), dim=2)
-    return norms.square_().sum(1)
+    return products(a, a, a)
 
 
 def row_sums(tiles: Iterable[Tensor]) -> Tensor:
@@ -99,7 +108,3 @@ def _by_tile(sums: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
     for rows in row_groups(vectors[0]):
         out[rows] = row_sums(sums(*tile) for tile in column_tiles(*take(rows, *vectors)))
     return out
-
-
-def _chunks(a: Tensor) -> Tensor:
-    return a.reshape(a.shape[0], -1, CHUNK)
