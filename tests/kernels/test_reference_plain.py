@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.problems import CG, DTYPES, F64, Step, Target, cg, neumann
@@ -29,6 +29,7 @@ def assert_the_plain_forms_bits(step: Step) -> None:
             assert same(getattr(done, name), getattr(expected, name)), name
 
 
+@settings(deadline=None)
 @given(data=st.data(), batch=st.sampled_from([1, 2, 7]), make=st.sampled_from([cg, neumann]))
 def test_any_state_gives_the_plain_forms_bits(data: st.DataObject, batch: int, make: type) -> None:
     step: Step = make(batch, data.draw(st.sampled_from(LENGTHS[:2])), torch.float32, 3)

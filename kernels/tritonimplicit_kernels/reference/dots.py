@@ -21,7 +21,7 @@ _ALIGNMENT: Final = 8
 
 
 class _Room(threading.local):
-    """Scratch memory of a thread: fresh memory costs more, in page faults, than what is done in it."""
+    """Scratch memory of a thread: fresh memory costs more than what is done in it."""
 
     def __init__(self) -> None:
         with torch.inference_mode(False):
