@@ -305,12 +305,6 @@ def test_autocast_does_not_reach_the_vectors(solver):
     assert solution.status == Status.CONVERGED
 
 
-@every_solver
-def test_there_are_no_triton_kernels(solver):
-    with pytest.raises(ValueError, match="no Triton kernels"):
-        dataclasses.replace(solver, backend="triton")
-
-
 @pytest.mark.parametrize(
     ("factory", "cls"), [(solve_gmres, GMRES), (solve_bicgstab, BiCGSTAB), (solve_minres, MINRES)]
 )
