@@ -78,7 +78,7 @@ def test_a_diverging_sample_leaves_the_gradients_of_the_others_alone():
     def fixed_point(z, x):
         return x / (1 - slope)
 
-    with pytest.warns(ti.ConvergenceWarning, match="1 of 3 systems diverged"):
+    with pytest.warns(ti.ConvergenceWarning, match="some of 3 systems diverged"):
         fixed_point(torch.zeros_like(x), x).sum().backward()
     expected = (1 / (1 - slope)).expand(3, 4)
     torch.testing.assert_close(x.grad[[0, 2]], expected[[0, 2]], rtol=1e-11, atol=0)
