@@ -254,6 +254,12 @@ def test_torch_func():
     assert_same([jacobian], [torch.autograd.functional.jacobian(deq, x)])
 
 
+def test_a_vmapped_forward_pass_is_an_error_that_says_what_to_do():
+    cell, x = problem()
+    with pytest.raises(RuntimeError, match="In the place of vmap, give a batch"):
+        torch.func.vmap(DEQ(cell))(x[:, None])
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_under_a_checkpoint(use_reentrant):
     cell, x = problem(nn.Dropout(0.5))

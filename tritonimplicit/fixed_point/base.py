@@ -177,7 +177,7 @@ def _plain(f: Map) -> Map:
 def _refuse_transforms(tree: TensorTree) -> None:
     if any(isinstance(t, Tensor) and is_transformed(t) for t in optree.tree_leaves(tree)):
         raise RuntimeError(
-            "a fixed-point solver is not differentiated or vmapped by itself: call it in a "
-            "function decorated by tritonimplicit.custom_fixed_point, with what f depends on as "
-            "arguments; in the place of vmap, give a batch and batch_ndim."
+            "a fixed-point solver cannot see through a torch.func transform. In the place of vmap, "
+            "give a batch and batch_ndim; for a derivative, call it in a function decorated by "
+            "tritonimplicit.custom_fixed_point, with what f depends on as arguments."
         )

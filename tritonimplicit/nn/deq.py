@@ -14,7 +14,7 @@ from tritonimplicit.fixed_point import Anderson, FixedPointSolver
 from tritonimplicit.nn.equilibrium import Equilibrium, Problem
 from tritonimplicit.nn.fixed_layer import FixedLayer
 from tritonimplicit.nn.gradients import Gradient, Implicit
-from tritonimplicit.torch_internals import untraced
+from tritonimplicit.torch_internals import transforms_active, untraced
 
 
 class DEQ(nn.Module):
@@ -78,7 +78,7 @@ class DEQ(nn.Module):
         except ConvergenceError:
             raise
         except (RuntimeError, ValueError) as error:
-            if z0 is not None or f.evaluations > 1:
+            if z0 is not None or f.evaluations > 1 or transforms_active():
                 raise
             raise ValueError(
                 f"the layer does not map zeros like x, of shape {tuple(x.shape)}, to that shape: "
