@@ -1,4 +1,4 @@
-"""What a linear solve reports of itself: a status a system, and the warnings that follow."""
+"""What a solve reports of itself: a status a system, and the warnings that follow."""
 
 from __future__ import annotations
 
@@ -83,13 +83,14 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Solution:
-    """A linear solve's result and the truth about it.
+    """A solve's result and the truth about it: of A x = b, or of a fixed point z = f(z).
 
     `value` has the structure, shapes and dtypes of b. `status` (int32, `Status` codes),
     `iterations` (int32) and `residual_norm` (float64, the Euclidean norm of the residual of the
     equation that was solved, ridge included; of the normal equations for normal CG) have the
     batch's shape, 0-dim without a batch. They describe the solve in its working precision; `value`
-    is then rounded to b's dtype. `solver` names the method that was used: what `Auto` picked.
+    is then rounded to b's dtype. `solver` names the method that was used: what `Auto` picked. Of a
+    fixed point, b is z0, the residual is f(z) - z, and it is that of the rounded value.
 
     `history`, inside `record_solves` and from an iterative solver, is (iterations + 1, *batch)
     float64: the recurrence's residual norms, from that of the initial guess on; a system that has
@@ -105,7 +106,7 @@ class Solution:
 
 
 class ConvergenceWarning(UserWarning):
-    """A linear solve did not do what was asked of it; the message says what and what to do."""
+    """A solve did not do what was asked of it; the message says what and what to do."""
 
 
 class ConvergenceError(RuntimeError):
