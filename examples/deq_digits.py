@@ -1,9 +1,9 @@
 """Train a deep equilibrium model on handwritten digits, with implicit gradients.
 
 The features z of an image solve z = f(z) = relu(GN(conv x) + W * z); a linear layer reads the digit
-off them. The forward pass finds z by iteration and stores no iterate: `custom_root` gives z the
-gradient of the equation's solution. That takes one linear system an image, (I - df/dz)^T u = dl/dz,
-which the Neumann series solves for the whole batch at once, each image with its own stopping test.
+off them. `nn.DEQ` finds z by iteration, stores no iterate, and gives z the gradient of the
+equation's solution. That takes one linear system an image, (I - df/dz)^T u = dl/dz, which the
+Neumann series solves for the whole batch at once, each image with its own stopping test.
 
     python examples/deq_digits.py [--quick] [--epochs N] [--seed N] [--device D] [--out DIR]
 
@@ -16,8 +16,8 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +31,25 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tritonimplicit import Status, custom_root
-from tritonimplicit.linear_solve import solve_inv
+from tritonimplicit import Solution
+from tritonimplicit.fixed_point import Picard
+from tritonimplicit.linear_solve import Neumann
+from tritonimplicit.nn import DEQ, Implicit, Unrolled
 from tritonimplicit_kernels import backend
 
 CHANNELS = 32
 CONTRACTION = 0.95  # bound on the Lipschitz constant of f, so that both iterations converge
 TOLERANCE = 1e-4  # relative residual, forward and backward, of every image
-MAX_ITERATIONS = 300
+MAX_ITERATIONS = 300  # 0.95^300 is 2e-7
+FORWARD = Picard(rtol=TOLERANCE, maxiter=MAX_ITERATIONS, batch_ndim=1, on_failure="raise")
+BACKWARD = Neumann(rtol=TOLERANCE, maxiter=MAX_ITERATIONS, batch_ndim=1, on_failure="raise")
 BATCH, LEARNING_RATE, EPOCHS, QUICK_EPOCHS = 64, 3e-3, 15, 3
 MIN_ACCURACY, MIN_COSINE = 0.975, 0.9999
 
 Solved = tuple[Tensor, Tensor]  # iterations and relative residual of each image, both (B,)
-FixedPoint = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Solved]]
-Solve = Callable[[Any, Any], Any]
 
 
-# -- the equilibrium and its gradient ------------------------------------------------------------
+# -- the model and its training ------------------------------------------------------------------
 
 
 def cell(z: Tensor, injection: Tensor, weight: Tensor) -> Tensor:
@@ -55,65 +57,14 @@ def cell(z: Tensor, injection: Tensor, weight: Tensor) -> Tensor:
     return torch.relu(injection + F.conv2d(z, weight, padding=1))
 
 
-def optimality(z: Tensor, injection: Tensor, weight: Tensor) -> Tensor:
-    """z - f(z), whose root is the fixed point."""
-    return z - cell(z, injection, weight)
-
-
-def picard(z: Tensor, injection: Tensor, weight: Tensor, tolerance: float) -> tuple[Tensor, Solved]:
-    """Iterate z <- f(z); an image whose residual meets the tolerance is left alone."""
-    iterations = torch.zeros(len(z), dtype=torch.int32, device=z.device)
-    for _ in range(MAX_ITERATIONS):
-        update = cell(z, injection, weight)
-        residuals = norms(update - z) / norms(update)
-        running = ~(residuals <= tolerance)  # NaN keeps running, into the error below
-        if not running.any():
-            return z, (iterations, residuals.detach())
-        z = torch.where(running[:, None, None, None], update, z)
-        iterations += running
-    raise RuntimeError(f"No fixed point to {tolerance:g} for {int(running.sum())} images.")
-
-
-def implicit(solve: Solve, tolerance: float = TOLERANCE) -> FixedPoint:
-    """The fixed point, differentiable in injection and weight by one linear solve."""
-
-    @custom_root(optimality, argnums=(1, 2), has_aux=True, solve=solve)
-    def fixed_point(z: Tensor, injection: Tensor, weight: Tensor) -> tuple[Tensor, Solved]:
-        return picard(z, injection, weight, tolerance)
-
-    return fixed_point
-
-
-def neumann(log: list[Solved], tolerance: float = TOLERANCE) -> Solve:
-    """The Neumann series, a system an image, each of which has to converge."""
-    solver = solve_inv(ns=True, rtol=tolerance, maxiter=MAX_ITERATIONS, batch_ndim=1)
-
-    def solve(matvec: Any, b: tuple[Tensor]) -> Any:
-        solution = solver.solve(matvec, b)
-        failed = solution.status[solution.status != Status.CONVERGED]
-        if len(failed):
-            raise RuntimeError(f"Backward: {len(failed)} images {Status(int(failed[0])).advice}.")
-        log.append((solution.iterations, solution.residual_norm / norms(b[0].double())))
-        return solution.value
-
-    return solve
-
-
-def norms(batch: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(batch, dim=(1, 2, 3))
-
-
-# -- the model and its training ------------------------------------------------------------------
-
-
-class DEQ(nn.Module):
-    """(B, 1, 8, 8) images -> (B, 10) logits, and how the fixed points were found."""
+class Classifier(nn.Module):
+    """(B, 1, 8, 8) images -> (B, 10) logits and (B, C, 8, 8) fixed points."""
 
     singular: Tensor
 
-    def __init__(self, fixed_point: FixedPoint):
+    def __init__(self) -> None:
         super().__init__()
-        self.fixed_point = fixed_point
+        self.deq = DEQ(cell, solver=FORWARD, gradient=Implicit(BACKWARD))
         self.inject = nn.Sequential(nn.Conv2d(1, CHANNELS, 3, padding=1), nn.GroupNorm(4, CHANNELS))
         self.weight = nn.Parameter(torch.randn(CHANNELS, CHANNELS, 3, 3) / (9 * CHANNELS) ** 0.5)
         pool = nn.Sequential(nn.AvgPool2d(2), nn.GroupNorm(4, CHANNELS), nn.Flatten())
@@ -121,12 +72,11 @@ class DEQ(nn.Module):
         self.register_buffer("singular", torch.randn(1, CHANNELS, 8, 8))
         self.power_iteration(20)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Solved]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.training:
             self.power_iteration(3)
-        injection = self.inject(x)
-        z, solved = self.fixed_point(torch.zeros_like(injection), injection, self.contraction())
-        return self.head(z), solved
+        z = self.deq(self.inject(x), self.contraction())
+        return self.head(z), z
 
     @torch.no_grad()
     def power_iteration(self, steps: int) -> None:
@@ -150,7 +100,7 @@ class Training:
         self.forward_log: list[Solved] = []
         self.backward_log: list[Solved] = []
         self.history: list[tuple[float, float, float]] = []  # loss, accuracy, seconds of a step
-        self.model = DEQ(implicit(neumann(self.backward_log))).to(x.device)
+        self.model = Classifier().to(x.device)
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimiser, LEARNING_RATE, total_steps=epochs * self.steps, pct_start=0.15
@@ -166,15 +116,26 @@ class Training:
             bar.update()
 
     def step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
-        logits, solved = self.model(x)
+        logits, z = self.model(x)
+        z.retain_grad()
         loss = F.cross_entropy(logits, y)
         self.optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
         self.schedule.step()
-        self.forward_log.append(solved)
+        last = self.model.deq.last
+        self.forward_log.append(solved(last.forward, z.detach()))
+        self.backward_log.append(solved(last.backward, z.grad))
         return loss.item(), accuracy(logits, y)
+
+
+def solved(solution: Solution, scale: Tensor) -> Solved:
+    return solution.iterations, solution.residual_norm / norms(scale)
+
+
+def norms(batch: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(batch.double(), dim=(1, 2, 3))
 
 
 def shifted(x: Tensor) -> Tensor:
@@ -200,32 +161,34 @@ def digits(device: torch.device) -> list[Tensor]:
 # -- what the table and the picture show ---------------------------------------------------------
 
 
-def gradient(model: DEQ, fixed_point: FixedPoint, x: Tensor, y: Tensor) -> Tensor:
+def gradient(model: Classifier, deq: DEQ, x: Tensor, y: Tensor) -> Tensor:
     """The gradient of all parameters by another way through the fixed point, in x's dtype."""
     model = copy.deepcopy(model).to(x.dtype).eval()
-    model.fixed_point = fixed_point
+    model.deq = deq
     loss = F.cross_entropy(model(x)[0], y)
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])])
 
 
-def gradient_cosine(model: DEQ, x: Tensor, y: Tensor, tolerance: float) -> float:
+def gradient_cosine(model: Classifier, x: Tensor, y: Tensor, tolerance: float) -> float:
     """The implicit gradient against autograd through all iterations, to 1e-13, in float64."""
-    solved = gradient(model, implicit(neumann([], tolerance), tolerance), x.double(), y)
-    unrolled = gradient(model, partial(picard, tolerance=1e-13), x.double(), y)
-    return F.cosine_similarity(solved, unrolled, dim=0).item()
+    backward = Implicit(replace(BACKWARD, rtol=tolerance))
+    exact = DEQ(cell, solver=replace(FORWARD, rtol=1e-13), gradient=Unrolled(MAX_ITERATIONS))
+    implicit = DEQ(cell, solver=replace(FORWARD, rtol=tolerance), gradient=backward)
+    both = [gradient(model, deq, x.double(), y) for deq in (implicit, exact)]
+    return F.cosine_similarity(*both, dim=0).item()
 
 
-def backward_residuals(model: DEQ, x: Tensor, y: Tensor, iterations: int) -> Tensor:
+def backward_residuals(model: Classifier, x: Tensor, y: Tensor, iterations: int) -> Tensor:
     """(iterations + 1, B): the true relative residual of each image's system after k iterations."""
     residuals: list[Tensor] = []
 
     def solve(matvec: Any, b: tuple[Tensor]) -> Any:
         for k in range(iterations + 1):
-            solution = solve_inv(ns=True, maxiter=k, batch_ndim=1).solve(matvec, b)
-            residuals.append(solution.residual_norm / norms(b[0].double()))
+            solution = replace(BACKWARD, rtol=0.0, maxiter=k).solve(matvec, b)
+            residuals.append(solution.residual_norm / norms(b[0]))
         return solution.value
 
-    gradient(model, implicit(solve), x, y)
+    gradient(model, DEQ(cell, solver=FORWARD, gradient=Implicit(solve)), x, y)
     return torch.stack(residuals).cpu()
 
 

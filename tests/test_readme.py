@@ -43,16 +43,16 @@ def test_there_are_three():
 
 
 def test_the_deep_equilibrium_model_has_the_gradient_of_its_unrolled_iteration():
-    names, _ = run(find("equilibrium"))
-    weights = tuple(names["layer"].parameters())
-    got = [weight.grad for weight in weights]
-    z, x = torch.zeros_like(names["x"]), names["x"]
+    names, _ = run(find("DEQ"))
+    layer, x = names["deq"].layer, names["x"]
+    weights = tuple(layer.parameters())
+    z = torch.zeros_like(x)
     for _ in range(200):
-        z = names["f"](z, dict(names["layer"].named_parameters()), x)
+        z = layer(z, x)
     expected = torch.autograd.grad(z.square().mean(), weights)
-    # The solve's tolerance is 1e-5, relative, in fp32.
-    for a, b in zip(got, expected, strict=True):
-        assert (a - b).norm() <= 1e-3 * b.norm()
+    # Two solves to 1e-3, relative to a residual; ‖J‖ < 1/2 makes an error of each at most twice.
+    for weight, b in zip(weights, expected, strict=True):
+        assert (weight.grad - b).norm() <= 1e-2 * b.norm()
 
 
 def test_the_imaml_hypergradient_is_that_of_the_inner_problem_in_closed_form():

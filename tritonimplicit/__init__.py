@@ -1,6 +1,6 @@
 """Gradients through the solution of an optimisation problem or a fixed point, in PyTorch."""
 
-from tritonimplicit import diff, linalg, linear_solve, nn, optim
+from tritonimplicit import diff, fixed_point, linalg, linear_solve, nn, optim
 from tritonimplicit.diagnostics import ConvergenceError, ConvergenceWarning, Solution, Status
 from tritonimplicit.diff.implicit import custom_fixed_point, custom_root
 from tritonimplicit.opaque import compilable
@@ -23,6 +23,7 @@ __all__ = [
     "custom_fixed_point",
     "custom_root",
     "diff",
+    "fixed_point",
     "linalg",
     "linear_solve",
     "module_clone",

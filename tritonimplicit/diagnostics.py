@@ -1,4 +1,4 @@
-"""What a linear solve reports of itself: a status a system, and the warnings that follow."""
+"""What a solve reports of itself: a status a system, and the warnings that follow."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import enum
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -82,13 +83,14 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Solution:
-    """A linear solve's result and the truth about it.
+    """A solve's result and the truth about it: of A x = b, or of a fixed point z = f(z).
 
     `value` has the structure, shapes and dtypes of b. `status` (int32, `Status` codes),
     `iterations` (int32) and `residual_norm` (float64, the Euclidean norm of the residual of the
     equation that was solved, ridge included; of the normal equations for normal CG) have the
     batch's shape, 0-dim without a batch. They describe the solve in its working precision; `value`
-    is then rounded to b's dtype. `solver` names the method that was used: what `Auto` picked.
+    is then rounded to b's dtype. `solver` names the method that was used: what `Auto` picked. Of a
+    fixed point, b is z0, the residual is f(z) - z, and it is that of the rounded value.
 
     `history`, inside `record_solves` and from an iterative solver, is (iterations + 1, *batch)
     float64: the recurrence's residual norms, from that of the initial guess on; a system that has
@@ -104,7 +106,7 @@ class Solution:
 
 
 class ConvergenceWarning(UserWarning):
-    """A linear solve did not do what was asked of it; the message says what and what to do."""
+    """A solve did not do what was asked of it; the message says what and what to do."""
 
 
 class ConvergenceError(RuntimeError):
@@ -128,23 +130,31 @@ def statuses_in(status: Tensor) -> frozenset[Status]:
 
 
 def report_failures(
-    solution: Solution, present: frozenset[Status], expected: frozenset[Status], on_failure: str
+    solution: Solution,
+    present: frozenset[Status],
+    expected: frozenset[Status],
+    on_failure: str,
+    advice: Mapping[Status, str] = _ADVICE,
+    call: str = "solve(matvec, b)",
 ) -> None:
     """Warn of, or raise for, what is neither CONVERGED nor `expected` among the statuses `present`.
 
     One warning a status, whose text depends on the solver, the status and the number of systems
-    alone, so that Python's default filter shows it once. Raises ConvergenceError.
+    alone, so that Python's default filter shows it once. `advice` says what each means, and
+    `solver.{call}` is how to ask for more. Raises ConvergenceError.
     """
     failures = sorted(present - expected - {Status.CONVERGED})
     if not failures:
         return
     if on_failure == "raise":
-        described = [_describe(solution, status, counted=True) for status in failures]
+        described = [
+            _describe(solution, status, advice[status], counted=True) for status in failures
+        ]
         raise ConvergenceError(f"{solution.solver}: {'; '.join(described)}.", solution)
     for status in failures:
         warnings.warn(
-            f"{solution.solver}: {_describe(solution, status, counted=False)}. "
-            "`solver.solve(matvec, b)`, or tritonimplicit.record_solves() around a backward pass, "
+            f"{solution.solver}: {_describe(solution, status, advice[status], counted=False)}. "
+            f"`solver.{call}`, or tritonimplicit.record_solves() around a backward pass, "
             "tells the status and the residual of every system.",
             ConvergenceWarning,
             stacklevel=_callers_level(),
@@ -160,13 +170,11 @@ def _callers_level() -> int:
     return level
 
 
-def _describe(solution: Solution, status: Status, counted: bool) -> str:
+def _describe(solution: Solution, status: Status, advice: str, counted: bool) -> str:
     total = solution.status.numel()
     failed = solution.status == status
     some = f"{int(failed.sum())}" if counted else "some"
     which = f"{some} of {total} systems" if total > 1 else "the system"
     if not counted:
-        return f"{which} {status.advice}"
-    return (
-        f"{which} {status.advice} (residual norm {float(solution.residual_norm[failed].max()):.1e})"
-    )
+        return f"{which} {advice}"
+    return f"{which} {advice} (residual norm {float(solution.residual_norm[failed].max()):.1e})"

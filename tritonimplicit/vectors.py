@@ -26,7 +26,8 @@ class Layout:
     The leading `len(batch_shape)` dimensions of every leaf index B independent systems. Each leaf's
     elements start at a multiple of 16, the padding between them is zero, `ld` is the padded width
     and `n` the number of true elements of a system. `dtype` is the working precision: float64 where
-    a leaf is float64, float32 otherwise (also for half precision leaves).
+    a leaf is float64, float32 otherwise (also for half precision leaves). Errors call the pytree
+    that was laid out `name`.
     """
 
     spec: PyTreeSpec
@@ -39,6 +40,7 @@ class Layout:
     ld: int
     dtype: torch.dtype
     device: torch.device
+    name: str = "b"
 
     @classmethod
     def of(cls, tree: TensorTree, batch_ndim: int = 0, name: str = "b") -> Layout:
@@ -72,6 +74,7 @@ class Layout:
             ld=ld,
             dtype=torch.float64 if double else torch.float32,
             device=leaves[0].device,
+            name=name,
         )
 
     @property
@@ -122,18 +125,25 @@ class Layout:
         """
         leaves, spec = optree.tree_flatten(tree)
         if spec != self.spec:
-            raise TypeError(f"{name} has the structure {spec}; the structure of b is {self.spec}.")
+            raise TypeError(
+                f"{name} has the structure {spec}; the structure of {self.name} is {self.spec}."
+            )
         for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"{name} has a leaf of type {type(leaf).__name__}, not a tensor.")
             if leaf.shape != shape:
                 raise ValueError(
-                    f"{name} has a leaf of shape {tuple(leaf.shape)} where b has {tuple(shape)}."
+                    f"{name} has a leaf of shape {tuple(leaf.shape)} where {self.name} has "
+                    f"{tuple(shape)}."
                 )
             if leaf.dtype is not dtype:
-                raise TypeError(f"{name} has a leaf of dtype {leaf.dtype} where b has {dtype}.")
+                raise TypeError(
+                    f"{name} has a leaf of dtype {leaf.dtype} where {self.name} has {dtype}."
+                )
             if leaf.device != self.device:
-                raise ValueError(f"{name} has a leaf on {leaf.device}; b is on {self.device}.")
+                raise ValueError(
+                    f"{name} has a leaf on {leaf.device}; {self.name} is on {self.device}."
+                )
         return leaves
 
     def _fill(self, rows: Tensor, leaves: list[Tensor]) -> Tensor:

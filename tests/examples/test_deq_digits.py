@@ -10,6 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from tritonimplicit import ConvergenceError
+from tritonimplicit.nn import Implicit
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "deq_digits.py"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -73,15 +76,16 @@ def test_exit_code_says_whether_the_marks_were_reached(
 
 def test_unconverged_solves_are_errors(demo: ModuleType) -> None:
     x, y, *_ = demo.digits(torch.device("cpu"))
-    expanding = demo.DEQ(demo.implicit(demo.neumann([])))
+    expanding = demo.Classifier()
     expanding.contraction = lambda: 10 * expanding.weight
-    with pytest.raises(RuntimeError, match=r"No fixed point to .* for 8 images"):
+    with pytest.raises(ConvergenceError, match="Picard: 8 of 8 systems diverged"):
         expanding(x[:8])
 
-    def halfway(matvec: object, b: tuple[torch.Tensor]) -> object:
-        return demo.neumann([])(lambda v: (3 * v[0],), b)
+    def expanding_backwards(matvec: object, b: tuple[torch.Tensor]) -> object:
+        return demo.BACKWARD(lambda v: (3 * v[0],), b)
 
-    model = demo.DEQ(demo.implicit(halfway))
+    model = demo.Classifier()
+    model.deq.gradient = Implicit(expanding_backwards)
     logits, _ = model(x[:8])
-    with pytest.raises(RuntimeError, match="Backward: 8 images diverged"):
+    with pytest.raises(ConvergenceError, match="Neumann: 8 of 8 systems diverged"):
         torch.nn.functional.cross_entropy(logits, y[:8]).backward()

@@ -91,11 +91,15 @@ class LinearSolver(OwnSolver):
 
     def solve_plain(self, matvec: Matvec, b: TensorTree) -> TensorTree:
         """Return x with A x = b, not differentiable, and report failures as `on_failure` says."""
+        return self.solve_and_report(matvec, b).value
+
+    def solve_and_report(self, matvec: Matvec, b: TensorTree) -> Solution:
+        """`solve`, with failures reported as `on_failure` says."""
         solution, present = self._solve(matvec, b)
         if self.on_failure != "ignore":
             present = statuses_in(solution.status) if present is None else present
             report_failures(solution, present, self._expected(), self.on_failure)
-        return solution.value
+        return solution
 
     def equation(self, matvec: Matvec, b: TensorTree) -> tuple[LinearSolver, Matvec, TensorTree]:
         """Return (solver, A, b) with the same x, with a tensor ridge in A."""
@@ -172,7 +176,7 @@ def build(solver: type[S], fields: Mapping[str, Any]) -> S:
     return solver(**fields)
 
 
-def check_fields(solver: type[LinearSolver], fields: Mapping[str, Any]) -> None:
+def check_fields(solver: type[Any], fields: Mapping[str, Any]) -> None:
     """Raise TypeError for a name that is none of the solver's fields."""
     known = [field.name for field in dataclasses.fields(solver)]
     if unknown := [name for name in fields if name not in known]:

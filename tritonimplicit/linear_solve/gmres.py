@@ -18,6 +18,7 @@ from tritonimplicit.linear_solve.plain import (
     RowFunction,
     advance,
     column,
+    full_precision,
     kept,
     normalised,
     record,
@@ -165,7 +166,7 @@ class _Arnoldi(Recurrence):
         rhs = q[:, 0, :, None] * self._norm[:, None, None]
         y = torch.linalg.solve_triangular(r, rhs, upper=True)[:, :, 0]
         y = torch.where(taken, y, 0.0).to(self.x.dtype)
-        with _full_precision(self.b.device):
+        with full_precision(self.b.device):
             step = torch.bmm(y[:, None], self._basis.transpose(0, 1))[:, 0]
         if self._precondition is not None:
             step = self._precondition(step)
@@ -175,18 +176,13 @@ class _Arnoldi(Recurrence):
 def _orthogonalised(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Return w (B, ld) less its part in a basis (k, B, ld), and that part's coefficients (B, k)."""
     vectors = basis.transpose(0, 1)
-    with _full_precision(w.device):
+    with full_precision(w.device):
         rest = w[:, None]  # as a row: the product with a column is many times slower
         h = torch.bmm(rest, vectors.mT)
         rest = torch.baddbmm(rest, h, vectors, alpha=-1)
         more = torch.bmm(rest, vectors.mT)
         rest = torch.baddbmm(rest, more, vectors, alpha=-1)
     return rest[:, 0], (h.double() + more)[:, 0]
-
-
-def _full_precision(device: torch.device) -> torch.autocast:
-    """Without autocast, under which a user's matvec may run and batched products may not."""
-    return torch.autocast(device.type, enabled=False)
 
 
 def solve_gmres(

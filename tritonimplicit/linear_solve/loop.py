@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,28 @@ from tritonimplicit_kernels import status as codes
 
 _SMALLEST = 1e-140
 """Below this, squares of float64 numbers lose their digits, and no residual can be judged."""
+
+
+class PollSettings(Protocol):
+    """How often the host asks, and whether in between a CUDA graph is replayed."""
+
+    @property
+    def check_every(self) -> int | None:
+        """Steps between two polls; None: 1, or 8 in a graph; 0: never ask."""
+        ...
+
+    def in_graphs(self) -> bool:
+        """Whether the iterations are to be captured in CUDA graphs."""
+        ...
+
+
+class Steps(Protocol):
+    """What is iterated."""
+
+    progress: Progress
+
+    def step(self) -> None:
+        """Do one iteration."""
 
 
 class Recurrence(abc.ABC):
@@ -40,7 +63,7 @@ class Recurrence(abc.ABC):
         """Bring x up to date, where steps leave that to the end of a cycle."""
 
 
-def iterate(solver: IterativeSolver, recurrence: Recurrence, limit: int) -> bool:
+def iterate(solver: PollSettings, recurrence: Steps, limit: int) -> bool:
     """Step until no system runs, or `limit` times; return whether the poll ended it.
 
     The host asks every `check_every` steps (None: 1, or 8 in a graph; 0: never).

@@ -82,3 +82,8 @@ def normalised(v: Tensor) -> tuple[Tensor, Tensor]:
     v, largest = scaled(v)
     norm = kernels.row_norms(v)
     return v.div_(column(norm.masked_fill(norm == 0, 1.0), v.dtype)), norm * largest[:, 0]
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Without autocast, under which a user's matvec may run and batched products may not."""
+    return torch.autocast(device.type, enabled=False)

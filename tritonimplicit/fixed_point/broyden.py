@@ -1,0 +1,87 @@
+"""Broyden's method with limited memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import tritonimplicit_kernels as kernels
+from tritonimplicit.fixed_point.base import FixedPointSolver
+from tritonimplicit.fixed_point.iteration import Iteration
+from tritonimplicit.linear_solve.base import check_choice, check_count
+from tritonimplicit.linear_solve.plain import column, full_precision, normalised
+from tritonimplicit.linear_solve.rows import RowMatvec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broyden(FixedPointSolver):
+    """Broyden's quasi-Newton method for r(z) = f(z) - z = 0, for each sample by itself.
+
+    z <- z - H r, H an approximation of the inverse Jacobian of r: -I at first, then a rank-one
+    update a step. The "good" one changes the approximate Jacobian least, the "bad" one its inverse.
+    It keeps `memory` updates, two vectors each, and begins again at H = -I when they are full.
+
+    Broyden, "A class of methods for solving nonlinear simultaneous equations", Math. Comp. 19,
+    1965; Kelley, "Iterative Methods for Linear and Nonlinear Equations", SIAM, 1995, chapter 7.
+    """
+
+    memory: int = 20
+    update: str = "good"
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        check_count("memory", self.memory)
+        if self.memory == 0:
+            raise ValueError("memory must be at least 1: with no updates there is Picard.")
+        check_choice("update", self.update, ("good", "bad"))
+
+    def _iteration(self, f: RowMatvec, z: Tensor) -> Iteration:
+        return _QuasiNewton(self, f, z)
+
+
+class _QuasiNewton(Iteration):
+    """H = -I + sum over j of _left[j] _right[j]^T."""
+
+    def __init__(self, solver: Broyden, f: RowMatvec, z: Tensor):
+        super().__init__(solver, f, z)
+        self._good = solver.update == "good"
+        memory = max(1, min(solver.memory, solver.maxiter))
+        self._left = z.new_zeros(memory, *z.shape)
+        self._right = torch.zeros_like(self._left)
+        self._count = 0
+        self._before: tuple[Tensor, Tensor] | None = None
+
+    def _next(self) -> Tensor:
+        if self._before is not None:
+            z, residual = self._before
+            self._update(self.z - z, self.residual - residual)
+        self._before = self.z, self.residual
+        return self.z - self._product(self._left, self._right, self.residual)
+
+    def _update(self, s: Tensor, y: Tensor) -> None:
+        """Make H y = s, s the last step and y the change of the residual."""
+        if self._count == len(self._left):
+            self._count = 0
+        j = self._count
+        # A unit vector, so that no product of two vectors overflows.
+        right, _ = normalised(self._product(self._right, self._left, s) if self._good else y)
+        lack = s - self._product(self._left, self._right, y)
+        denominator = kernels.row_dots(right, y)
+        # No update where it has no direction: the secant is already met, or cannot be.
+        left = lack / column(denominator, lack.dtype)
+        usable = (denominator != 0)[:, None]
+        self._left[j] = torch.where(usable, left, 0.0)
+        self._right[j] = torch.where(usable, right, 0.0)
+        self._count = j + 1
+
+    def _product(self, left: Tensor, right: Tensor, v: Tensor) -> Tensor:
+        """(-I + left right^T) v; with the two exchanged that is the transpose."""
+        k = self._count
+        if k == 0:
+            return -v
+        with full_precision(v.device):
+            coefficients = torch.bmm(v[:, None], right[:k].permute(1, 2, 0))
+            return torch.bmm(coefficients, left[:k].transpose(0, 1))[:, 0] - v

@@ -1,0 +1,72 @@
+"""What the iterations of fixed points share: evaluate f, judge, freeze, keep the best."""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import tritonimplicit_kernels as kernels
+from tritonimplicit.linear_solve.plain import advance, column, record
+from tritonimplicit.linear_solve.progress import Progress
+from tritonimplicit.linear_solve.rows import RowMatvec
+
+if TYPE_CHECKING:
+    from tritonimplicit.fixed_point.base import FixedPointSolver
+
+
+class Iteration(abc.ABC):
+    """z (B, ld) and residual f(z) - z; `best` has had the least residual norm, `best_norm` (B,).
+
+    A step costs one evaluation of f, and every residual is the true one of its z. The vectors of a
+    frozen sample other than z may turn to anything.
+    """
+
+    def __init__(self, solver: FixedPointSolver, f: RowMatvec, z: Tensor):
+        self._solver, self._f, self.z = solver, f, z
+        dtypes = f.layout.dtypes
+        self._eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+        self._rounds = any(dtype is not z.dtype for dtype in dtypes)
+        norm, tolerance = self._evaluate()
+        self.progress = Progress(norm, tolerance, partials=1)
+        self.best = z
+        self.best_norm = torch.where(norm.isfinite(), norm, math.inf)
+
+    def step(self) -> None:
+        """Move the samples that run, and evaluate f."""
+        state = self.progress
+        advances = advance(state, self._solver.maxiter)
+        self.z = torch.where(advances[:, None], self._rounded(self._next()), self.z)
+        norm, tolerance = self._evaluate()
+        record(state, advances, norm.square())
+        state.threshold = tolerance.square()
+        better = advances & (norm < self.best_norm)
+        self.best = torch.where(better[:, None], self.z, self.best)
+        self.best_norm = torch.where(better, norm, self.best_norm)
+
+    @abc.abstractmethod
+    def _next(self) -> Tensor:
+        """The next z (B, ld), from `z` and `residual`."""
+
+    def _evaluate(self) -> tuple[Tensor, Tensor]:
+        """Bring the residual up to date; return its norm and the tolerance, (B,) float64."""
+        image = self._f(self.z)
+        self.residual = image - self.z
+        relative = max(self._solver.rtol, self._eps)
+        tolerance = (relative * kernels.row_norms(image)).clamp(min=self._solver.atol)
+        return kernels.row_norms(self.residual), tolerance
+
+    def _rounded(self, z: Tensor) -> Tensor:
+        """z as f sees it, so that the residual is that of the value that is returned."""
+        if not self._rounds:
+            return z
+        layout = self._f.layout
+        return layout.flatten(layout.unflatten(z), "z")
+
+
+def divided(v: Tensor, norm: Tensor) -> Tensor:
+    """v (B, ld) / norm (B,), and v itself where that is zero."""
+    return v / column(norm.masked_fill(norm == 0, 1.0), v.dtype)

@@ -1,0 +1,59 @@
+"""A solver whose Solutions are shown to somebody, wherever a derivative calls it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tritonimplicit.diagnostics import Solution, TensorTree
+from tritonimplicit.linear_solve.base import LinearSolver
+from tritonimplicit.linear_solve.direct import solve_directly
+from tritonimplicit.linear_solve.solve import OwnSolver
+from tritonimplicit.operators import Matvec
+
+
+@dataclass(frozen=True)
+class Observed(OwnSolver):
+    """`inner`, with each Solution handed to `show`."""
+
+    inner: LinearSolver
+    show: Callable[[Solution], None]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # not there yet, in a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __call__(self, matvec: Matvec, b: TensorTree, **overrides: Any) -> TensorTree:
+        """Return x with A x = b, differentiable."""
+        return solve_directly(self._around(dataclasses.replace(self.inner, **overrides)), matvec, b)
+
+    def solve_plain(self, matvec: Matvec, b: TensorTree) -> TensorTree:
+        """Return x with A x = b, not differentiable, and report failures."""
+        solution = self.inner.solve_and_report(matvec, b)
+        self.show(solution)
+        return solution.value
+
+    def equation(self, matvec: Matvec, b: TensorTree) -> tuple[OwnSolver, Matvec, TensorTree]:
+        """Return (solver, A, b) with the same x, with a tensor ridge and the like in A and b."""
+        solver, matvec, b = self.inner.equation(matvec, b)
+        return self._around(solver), matvec, b
+
+    def open_ridge(self) -> OwnSolver:
+        """Return the solver of the equation whose matrix has the ridge in it."""
+        return self._around(self.inner.open_ridge())
+
+    def without_guess(self) -> OwnSolver:
+        """Return the solver for another right hand side, of which nothing is known."""
+        return self._around(self.inner.without_guess())
+
+    def vmapped(self, sizes: torch.Size) -> OwnSolver:
+        """Return the solver for systems numbered by leading dimensions of these sizes too."""
+        return self._around(self.inner.vmapped(sizes))
+
+    def _around(self, inner: LinearSolver) -> Observed:
+        return dataclasses.replace(self, inner=inner)

@@ -1,0 +1,124 @@
+"""The gradients that a deep equilibrium model can have: exact, and cheaper than that."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import optree
+import torch
+from torch import Tensor
+
+from tritonimplicit.diagnostics import TensorTree
+from tritonimplicit.diff.implicit.decorator import check_solve
+from tritonimplicit.fixed_point import Picard
+from tritonimplicit.linear_solve import GMRES
+from tritonimplicit.linear_solve.base import LinearSolver, check_count, check_real
+from tritonimplicit.linear_solve.observed import Observed
+from tritonimplicit.nn.equilibrium import Problem
+from tritonimplicit.operators import Solve
+
+
+class Gradient(Protocol):
+    """How a DEQ finds its fixed point and what autograd sees of it."""
+
+    def equilibrium(self, problem: Problem) -> TensorTree:
+        """Return the fixed point with a gradient."""
+        ...
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """The gradient of the fixed point, by the implicit function theorem: one linear solve.
+
+    (I - J^T) u = dl/dz, J = df/dz, then u is pulled back through one evaluation of f. `solve` is a
+    solver of `linear_solve` (any function of (matvec, b)); by default each sample of a batch is its
+    own system, to a true residual of 1e-3. Exact as far as the solve is; every order and transform
+    of `custom_fixed_point`.
+
+    Cheaper: `GMRES(batch_ndim=1, maxiter=k)` stops after k vjps. The truncated Neumann series of k
+    terms is `Neumann(batch_ndim=1, maxiter=k - 1)`, damped by its `alpha`; unlike GMRES it goes
+    wrong where f is no contraction, and then says so.
+    """
+
+    solve: Solve = field(default_factory=lambda: GMRES(rtol=1e-3, batch_ndim=1))
+
+    def __post_init__(self) -> None:
+        """Check the field."""
+        check_solve("solve", self.solve)
+
+    def equilibrium(self, problem: Problem) -> TensorTree:
+        """Return the fixed point with its implicit gradient."""
+        if not isinstance(self.solve, LinearSolver):
+            return problem.root(self.solve)
+        return problem.root(Observed(self.solve, problem.last.show_backward))
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """The gradient through `steps` damped steps from the fixed point, which is taken for constant.
+
+    z <- (1 - damping) z + damping f(z). No linear solve; biased.
+
+    Geng, Zhang, Bai, Wang and Lin, "On training implicit models", NeurIPS 2021.
+    """
+
+    steps: int = 5
+    damping: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        check_steps(self.steps)
+        check_real("damping", self.damping)
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping must be above 0 and at most 1, not {self.damping!r}.")
+
+    def equilibrium(self, problem: Problem) -> TensorTree:
+        """Return the fixed point, moved on by the steps."""
+        z: TensorTree = optree.tree_map(Tensor.detach, problem.root())
+        return problem.iterate(z, self.steps, self.damping)
+
+
+@dataclass(frozen=True)
+class JFB:
+    """The gradient through one evaluation of f at the fixed point: `Phantom(1, 1.0)`.
+
+    Fung, Heaton, Li, McKenzie, Osher and Yin, "JFB: Jacobian-free backpropagation for implicit
+    networks", AAAI 2022.
+    """
+
+    def equilibrium(self, problem: Problem) -> TensorTree:
+        """Return f of the fixed point."""
+        return Phantom(steps=1, damping=1.0).equilibrium(problem)
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """The gradient through all of `steps` iterations z <- f(z) from z0, in place of the solver.
+
+    Memory and time are in proportion to `steps`. The solver's tolerance judges the result.
+    """
+
+    steps: int = 30
+
+    def __post_init__(self) -> None:
+        """Check the field."""
+        check_steps(self.steps)
+
+    def equilibrium(self, problem: Problem) -> TensorTree:
+        """Return the last iterate."""
+        z = problem.iterate(problem.z0, self.steps, damping=1.0)
+        settings = {f.name: getattr(problem.solver, f.name) for f in dataclasses.fields(Picard)}
+        judge = Picard(**{**settings, "maxiter": 0})
+        with torch.no_grad():
+            at_the_end = dataclasses.replace(problem, z0=z, solver=judge)
+            at_the_end.root()
+        return z
+
+
+def check_steps(steps: object) -> None:
+    """Raise unless `steps` is a positive int."""
+    check_count("steps", steps)
+    if steps == 0:
+        raise ValueError("steps must be at least 1: without a step there is no gradient.")
