@@ -74,3 +74,13 @@ def test_on_failure_is_a_field():
         CG(on_failure="raise")(lambda v: torch.tensor([1.0, -2.0]) * v, torch.ones(2))
     with pytest.raises(ValueError, match="'warn', 'raise', 'ignore'"):
         CG(on_failure="shout")
+
+
+def test_a_warning_in_a_backward_pass_points_at_the_call_of_backward():
+    a = torch.ones(2, requires_grad=True)
+    scale = torch.tensor([1.0, -2.0])
+    root = ti.custom_root(lambda x, a: scale * x - a, argnums=1, solve=CG())
+    x = root(lambda x, a: a / scale)(torch.zeros(2), a)
+    with pytest.warns(ti.ConvergenceWarning, match="indefinite") as caught:
+        x.sum().backward()
+    assert caught[0].filename == __file__

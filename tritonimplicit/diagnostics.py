@@ -162,10 +162,13 @@ def report_failures(
 
 
 def _callers_level() -> int:
-    """The `stacklevel` of the innermost caller outside of this library."""
-    home, level = os.path.dirname(__file__), 1
+    """The `stacklevel` of the innermost caller outside of this library, and of PyTorch.
+
+    In a backward pass that is whoever called it.
+    """
+    inside, level = (os.path.dirname(__file__), os.path.dirname(torch.__file__)), 1
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(home):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
     return level
 

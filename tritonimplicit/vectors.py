@@ -114,6 +114,18 @@ class Layout:
             leaves.append(rows[:, start : start + size].view(shape).to(dtype))
         return optree.tree_unflatten(self.spec, leaves)
 
+    def overflown(self, rows: Tensor) -> Tensor | None:
+        """(B,) bool: whether a number of a row (B, ld) is too large for its leaf's dtype.
+
+        None where the dtypes are those of the rows.
+        """
+        limits = [torch.finfo(dtype).max for dtype in self.dtypes]
+        if min(limits) == torch.finfo(self.dtype).max:
+            return None
+        spans = zip(self.starts, self.sizes, limits, strict=True)
+        over = [(rows[:, s : s + size].abs() > limit).any(1) for s, size, limit in spans]
+        return torch.stack(over).any(0)
+
     def per_system(self, values: Tensor) -> Tensor:
         """(B,) values as a tensor of the batch's shape."""
         return values.view(self.batch_shape)

@@ -145,11 +145,12 @@ def test_never_silently_wrong(problem, solver):
         if status != Status.CONVERGED:
             continue
         residual, rhs = b[i].double() - exact[i] @ x, b[i].double()
-        # The solver judges by products in b's own precision: they round by n eps |A| |x|, and
-        # below the smallest normal number by that.
+        # The solver judges by products in b's own precision: they round by n eps |A| |x|. Below
+        # the smallest normal number it may be all, of x as of products.
+        tiny = torch.finfo(b.dtype).tiny
         rounding = 4 * len(x) * unit * (exact[i].abs() @ x.abs() + rhs.abs())
-        rounding += len(x) * torch.finfo(b.dtype).tiny
+        rounding += (exact[i].abs().sum(1) + len(x)) * tiny  # of x, and of products
         if isinstance(solver, NormalCG):
             residual, rhs = exact[i].mT @ residual, exact[i].mT @ rhs
-            rounding = exact[i].abs().mT @ rounding * 2 + len(x) * torch.finfo(b.dtype).tiny
+            rounding = exact[i].abs().mT @ rounding * 2 + len(x) * tiny
         assert residual.norm() <= asked(solver, rhs.norm(), eps) * (1 + 1e-3) + rounding.norm()

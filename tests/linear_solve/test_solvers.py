@@ -346,3 +346,18 @@ def test_reaching_the_default_maxiter_warns_and_a_chosen_one_does_not():
     with pytest.warns(ti.ConvergenceWarning, match="raise maxiter"):
         CG()(lambda v: scale * v, b)
     CG(maxiter=20)(lambda v: scale * v, b)
+
+
+@every_solver
+def test_a_value_too_large_for_its_dtype_is_not_finite(solver):
+    """In the solver's float32 it is; in the float16 of b it would be infinite, and CONVERGED."""
+    scale = torch.tensor([1.0, 1e-5], dtype=torch.float16)[:, None]
+    solver = dataclasses.replace(solver, batch_ndim=1, ridge=None)
+    if isinstance(solver, Neumann):
+        solver = dataclasses.replace(solver, alpha="estimate")
+    solution = solver.solve(lambda v: scale * v, torch.full((2, 3), 2.0, dtype=torch.float16))
+    assert solution.status[0] == Status.CONVERGED and solution.value[0].tolist() == [2.0] * 3
+    if isinstance(solver, NormalCG):  # A^T A underflows
+        assert solution.status[1] == Status.BREAKDOWN
+    else:
+        assert solution.status[1] == Status.NON_FINITE and solution.value[1].isnan().all()

@@ -134,6 +134,10 @@ class LinearSolver(OwnSolver):
         check_not_differentiated(b)
         solver = self._choose(matvec, b, layout)
         rows = solver._solve_rows(matvec, b, layout)
+        present = rows.present
+        if (overflown := layout.overflown(rows.x)) is not None:
+            rows.status.masked_fill_(overflown, Status.NON_FINITE)
+            present = None
         nonfinite = rows.status == Status.NON_FINITE
         x = rows.x.masked_fill_(nonfinite[:, None], math.nan)
         history = rows.history
@@ -147,7 +151,7 @@ class LinearSolver(OwnSolver):
             history=None if history is None else history.view(-1, *layout.batch_shape),
         )
         record(solution)
-        return solution, rows.present
+        return solution, present
 
     def _choose(self, matvec: Matvec, b: TensorTree, layout: Layout) -> LinearSolver:
         """Return the solver that does it: this one, but for `Auto`."""
