@@ -270,3 +270,47 @@ def test_operators_are_checked():
         LinearOperator(torch.eye(2))
     with pytest.raises(TypeError, match="float"):
         LinearOperator(lambda v, a: a * v, 2.0)
+
+
+class Shift:
+    """v -> cyclic shift plus scale, knowing its transpose, which autograd could not record."""
+
+    symmetric = False
+
+    def __init__(self, scale, by=1):
+        self.scale, self.by, self.products = scale, by, 0
+
+    def __call__(self, v):
+        self.products += 1
+        return (v.detach().roll(self.by) if not self.scale.requires_grad else v.roll(self.by)) + (
+            self.scale * v
+        )
+
+    @property
+    def T(self):
+        return Shift(self.scale, -self.by)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_an_operators_own_transpose_is_used(requires_grad):
+    scale = torch.linspace(2, 3, 6, dtype=DOUBLE).requires_grad_(requires_grad)
+    b = torch.randn(6, dtype=DOUBLE)
+    matrix = torch.eye(6, dtype=DOUBLE).roll(1, 0) + torch.diag(scale)
+    x = NormalCG(rtol=1e-13)(Shift(scale), b)
+    torch.testing.assert_close(x.detach(), torch.linalg.solve(matrix, b).detach())
+    if requires_grad:
+        (got,) = torch.autograd.grad(x.sin().sum(), scale)
+        exact = torch.linalg.solve(matrix, b).sin().sum()
+        torch.testing.assert_close(got, torch.autograd.grad(exact, scale)[0])
+
+
+def test_what_an_operator_says_of_itself_is_heard():
+    class Definite:
+        symmetric = positive_definite = True
+
+        def __call__(self, v):
+            return 2 * v
+
+    with ti.record_solves() as log:
+        Auto()(Definite(), torch.ones(50))
+    assert log[0].solver == "CG"

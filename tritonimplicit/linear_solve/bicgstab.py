@@ -127,7 +127,7 @@ class _BiCGSTAB(Recurrence):
         """x += scalar v where the scalar is not zero; elsewhere x is kept, whatever v."""
         self.x += kept(v * column(scalar * self._unit, v.dtype), scalar != 0)
 
-    def restart(self, rows: Tensor, residual: Tensor) -> None:
+    def restart(self, again: Tensor, residual: Tensor) -> None:
         # All begin again, those that are frozen for nothing.
         self._begin(residual, kernels.row_norms(residual))
 

@@ -76,9 +76,9 @@ class _ConjugateGradient(Recurrence):
             state.residual_sq,
         )
 
-    def restart(self, rows: Tensor, residual: Tensor) -> None:
-        self._r[rows] = residual[rows]
-        self._p[rows] = residual[rows]
+    def restart(self, again: Tensor, residual: Tensor) -> None:
+        for v in (self._r, self._p):
+            torch.where(again[:, None], residual, v, out=v)
 
 
 def solve_cg(*, matvec: Matvec | None = None, b: TensorTree | None = None, **fields: Any) -> CG:

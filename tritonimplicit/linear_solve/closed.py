@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linear_solve.solve import OwnSolver
-from tritonimplicit.operators import Matvec, Tensors, graph_leaves, transpose
+from tritonimplicit.operators import Matvec, Tensors, Transposable, graph_leaves, transpose
 
 
 def solve_closed(solver: OwnSolver, matvec: Matvec, b: TensorTree) -> TensorTree:
@@ -22,7 +22,7 @@ def solve_closed(solver: OwnSolver, matvec: Matvec, b: TensorTree) -> TensorTree
 
     Where nothing requires grad this costs nothing; else the products of a solve, and one more.
     """
-    watch = _Watch(matvec)
+    watch = (_TransposableWatch if isinstance(matvec, Transposable) else _Watch)(matvec)
     with torch.no_grad():
         x = solver.solve_plain(watch, b)
     inputs = [*optree.tree_leaves(b), solver.ridge]
@@ -47,6 +47,8 @@ class _Watch:
 
     def __init__(self, matvec: Matvec):
         self._matvec = matvec
+        self.symmetric = getattr(matvec, "symmetric", False)
+        self.positive_definite = getattr(matvec, "positive_definite", False)
         self.looked = False
         self.requires_grad = False
 
@@ -59,6 +61,16 @@ class _Watch:
         leaves = [t for t in optree.tree_leaves(product) if isinstance(t, Tensor)]
         self.requires_grad = any(t.requires_grad for t in leaves)
         return optree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, product)
+
+
+class _TransposableWatch(_Watch):
+    """One that knows its transpose, as its matvec does."""
+
+    @property
+    def T(self) -> Matvec:
+        """The matvec's own transpose."""
+        transposed: Matvec = self._matvec.T  # type: ignore[attr-defined]
+        return transposed
 
 
 class _Problem:

@@ -130,7 +130,7 @@ class _Arnoldi(Recurrence):
             following = torch.div(w, column(norm, w.dtype), out=self._basis[self._column])
             kept(following, advances & ~closed)
 
-    def restart(self, rows: Tensor, residual: Tensor) -> None:
+    def restart(self, again: Tensor, residual: Tensor) -> None:
         # All begin a cycle, those that are frozen for nothing.
         self._begin(residual, kernels.row_norms(residual))
 

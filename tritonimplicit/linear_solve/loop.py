@@ -14,7 +14,7 @@ from tritonimplicit.diagnostics import Status, statuses_in
 from tritonimplicit.linear_solve.graphs import capture
 from tritonimplicit.linear_solve.iterative import IterativeSolver
 from tritonimplicit.linear_solve.progress import Poll, Progress
-from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
+from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution, largest
 from tritonimplicit_kernels import status as codes
 
 _SMALLEST = 1e-140
@@ -56,8 +56,8 @@ class Recurrence(abc.ABC):
         """Do one iteration: matvecs, and the vector work of `tritonimplicit_kernels`."""
 
     @abc.abstractmethod
-    def restart(self, rows: Tensor, residual: Tensor) -> None:
-        """Begin again at x for the systems numbered by `rows`; `residual` (B, ld) is b - A x."""
+    def restart(self, again: Tensor, residual: Tensor) -> None:
+        """Begin again at x where `again` (B,) bool says so; `residual` (B, ld) is b - A x."""
 
     def finish(self) -> None:  # noqa: B027
         """Bring x up to date, where steps leave that to the end of a cycle."""
@@ -128,7 +128,7 @@ def solve_and_verify(
         status.masked_fill_(unfounded, codes.STAGNATED)
         judged = status < codes.BREAKDOWN
         # x may overflow where the residual, of a matrix of small elements, does not.
-        finite = residual_norm.isfinite() & recurrence.x.isfinite().all(1)
+        finite = residual_norm.isfinite() & largest(recurrence.x).isfinite()
         status.masked_fill_(judged & ~finite, codes.NON_FINITE)
         if vanishing is not None:
             status.masked_fill_(vanishing & (status == codes.CONVERGED), codes.BREAKDOWN)
@@ -138,12 +138,11 @@ def solve_and_verify(
         if Status.STAGNATED not in present:
             break
         again = unfounded & (residual_norm < 0.5 * before) & (iterations < limit)
-        rows = again.nonzero().squeeze(1)
-        if not len(rows):
+        if not bool(again.any()):
             break
-        recurrence.restart(rows, residual)
-        progress.restart(rows, residual_norm)
-        remaining = limit - int(iterations[rows].min())
+        recurrence.restart(again, residual)
+        progress.restart(again, residual_norm)
+        remaining = limit - int(torch.where(again, iterations, limit).min())
     return RowSolution(recurrence.x, status, iterations, residual_norm, present, progress.history)
 
 
@@ -151,5 +150,5 @@ def _vanishing(b: Tensor) -> Tensor | None:
     """(B,) whether a right hand side is too small for any residual to be judged; None: no."""
     if b.dtype is not torch.float64:
         return None
-    largest: Tensor = torch.linalg.vector_norm(b, math.inf, dim=1)
-    return (largest > 0) & (largest < _SMALLEST)
+    size = largest(b)
+    return (size > 0) & (size < _SMALLEST)

@@ -144,7 +144,7 @@ class _Lanczos(Recurrence):
         mu = self._precondition(u)
         return mu, kernels.row_dots(u, mu)
 
-    def restart(self, rows: Tensor, residual: Tensor) -> None:
+    def restart(self, again: Tensor, residual: Tensor) -> None:
         # All begin again, those that are frozen for nothing.
         self._begin(residual)
 

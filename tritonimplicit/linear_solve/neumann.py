@@ -83,8 +83,8 @@ class _Richardson(Recurrence):
         self.progress = Progress(self.start_norm, tolerance, partials)
         # A launch tests the residual of the iterate before the one that it updates: x is one update
         # ahead of the residual norm in `progress`, from the start on.
-        moved = self.x + self._update(residual)
-        torch.where((self.start_norm <= tolerance)[:, None], self.x, moved, out=self.x)
+        done = (self.start_norm <= tolerance)[:, None]
+        self.x.add_(self._update(residual).masked_fill_(done, 0.0))
 
     def step(self) -> None:
         state = self.progress
@@ -99,8 +99,8 @@ class _Richardson(Recurrence):
         state.rr_out.zero_()
         state.rr_out[:, 0] = squares.masked_fill_(state.state_out[0] >= 0, 0.0)
 
-    def restart(self, rows: Tensor, residual: Tensor) -> None:
-        self.x[rows] += self._update(residual)[rows]
+    def restart(self, again: Tensor, residual: Tensor) -> None:
+        self.x.add_(self._update(residual).masked_fill_(~again[:, None], 0.0))
 
     def _launch(self, ax: Tensor, b: Tensor) -> None:
         state = self.progress
@@ -120,9 +120,11 @@ class _Richardson(Recurrence):
         )
 
     def _update(self, residual: Tensor) -> Tensor:
-        """Alpha M (b - A x), given b - A x."""
-        z = residual if self._precondition is None else self._precondition(residual)
-        return z * self._alpha.to(z.dtype)[:, None]
+        """Alpha M (b - A x), given b - A x, which it may be written over."""
+        alpha = self._alpha.to(residual.dtype)[:, None]
+        if self._precondition is None:
+            return residual.mul_(alpha)
+        return self._precondition(residual) * alpha
 
     def _step_length(self, alpha: float | Literal["estimate"] | None) -> Tensor:
         """(B,) float64."""

@@ -78,10 +78,10 @@ class PreconditionedCG(Recurrence):
         torch.where(advances, rz, self._rz, out=self._rz)
         record(state, advances, kernels.row_norms(self._r).square_())
 
-    def restart(self, rows: Tensor, residual: Tensor) -> None:
+    def restart(self, again: Tensor, residual: Tensor) -> None:
         """Begin again at x for these systems, with no search direction kept."""
-        self._r[rows] = residual[rows]
-        self._p[rows] = 0.0
+        _update(self._r, residual, again)
+        self._p.masked_fill_(again[:, None], 0.0)
 
 
 def _scaled(v: Tensor, by: Tensor) -> Tensor:

@@ -59,11 +59,11 @@ class Progress:
         ended = torch.where(rr.isfinite(), ended, codes.NON_FINITE)
         self.state[0] = torch.where(running, ended.int(), self.state[0])
 
-    def restart(self, rows: Tensor, residual_norm: Tensor) -> None:
-        """Let the systems numbered by `rows` run again, from these residual norms (B,)."""
-        self.state[0, rows] = codes.RUNNING
-        self.rr[rows] = 0.0
-        self.rr[rows, 0] = residual_norm[rows].square()
+    def restart(self, again: Tensor, residual_norm: Tensor) -> None:
+        """Let the systems where `again` (B,) run again, from these residual norms (B,)."""
+        self.state[0].masked_fill_(again, codes.RUNNING)
+        self.rr.masked_fill_(again[:, None], 0.0)
+        self.rr[:, 0] += torch.where(again, residual_norm.square(), 0.0)
 
 
 class Poll:

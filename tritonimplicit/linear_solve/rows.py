@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import optree
@@ -76,6 +77,12 @@ class RowMatvec:
         if self._out is None:
             self._out = self.layout.zeros()
         return self._out
+
+
+def largest(v: Tensor) -> Tensor:
+    """(B,) the largest |element| of each row of v (B, ld), NaN where there is one; no copy of v."""
+    size: Tensor = torch.linalg.vector_norm(v, math.inf, dim=1)
+    return size
 
 
 def refuse_gradient(result: TensorTree, name: str = "the matvec") -> TensorTree:
