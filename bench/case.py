@@ -55,7 +55,7 @@ class SpeedGoal:
 
 @dataclass(frozen=True)
 class MemoryGoal:
-    """Our peak is to be at most `vectors` vectors."""
+    """Our peak is to be at most `vectors` vectors, to two decimals: scalars are none."""
 
     vectors: float
 

@@ -142,7 +142,7 @@ def _judged(problem: Problem, rows: dict[str, Row]) -> str:
         return ""
     if isinstance(goal, MemoryGoal):
         wanted, found = f"at most {goal.vectors:g} vectors", rows[OURS].peak
-        met = found is not None and found <= goal.vectors
+        met = found is not None and round(found, 2) <= goal.vectors
         reached = "" if found is None else f"{found:.2f}"
     else:
         wanted = f"{goal.factor:g} times as fast as {goal.peer}"
