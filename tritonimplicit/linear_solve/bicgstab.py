@@ -32,7 +32,7 @@ from tritonimplicit_kernels import status as codes
 
 @dataclass(frozen=True, kw_only=True)
 class BiCGSTAB(IterativeSolver):
-    """BiCGSTAB, for any nonsingular A; (A + ridge I) x = b. Two matvecs an iteration, 7 vectors.
+    """BiCGSTAB, for any nonsingular A; (A + ridge I) x = b. Two matvecs an iteration, 8 vectors.
 
     Where a denominator vanishes, the method begins again with the residual as shadow residual; if
     that does not help, it is a BREAKDOWN. `M` approximates the inverse of A and preconditions from

@@ -34,7 +34,7 @@ from tritonimplicit_kernels import status as codes
 class MINRES(IterativeSolver):
     """MINRES, for A symmetric, indefinite or singular too; (A + ridge I) x = b.
 
-    The x of least residual in the Krylov space, one matvec an iteration, 7 vectors. A singular
+    The x of least residual in the Krylov space, one matvec an iteration, 8 vectors. A singular
     system that has a solution gets one; where it has none, x is of least residual and the status is
     BREAKDOWN, or what rounding leaves of it. `M`, symmetric positive definite, approximates the
     inverse of A; what is then least is the residual's norm in the inner product of `M`, and what is
