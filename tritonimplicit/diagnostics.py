@@ -53,17 +53,19 @@ _ADVICE = {
         "reached maxiter before the tolerance: raise maxiter, loosen rtol/atol, or add a ridge"
     ),
     Status.STAGNATED: (
-        "stopped improving above the tolerance, at the limit of the working precision: "
-        "use float64, loosen rtol/atol, or add a ridge"
+        "stopped improving above the tolerance, at the limit of the working precision: loosen "
+        "rtol/atol, use float64 if this is not, or add a ridge. Systems of a batch that are not "
+        "independent of each other (BatchNorm) end so as well: give fewer batch_ndim"
     ),
     Status.BREAKDOWN: (
         "met a singular (or nearly singular) matrix, or numbers so small that their products "
-        "vanish: add a ridge, scale the problem, or use another solver; "
-        "the value is the last good iterate (NaN from a dense solve)"
+        "vanish: add a ridge, scale the problem, or use another solver; the value is the iterate "
+        "before that, with the residual that is reported (NaN from a dense solve)"
     ),
     Status.INDEFINITE: (
         "found the matrix indefinite or nonsymmetric (p.Ap changed sign), which CG cannot solve: "
-        "use solve_normal_cg or solve_inv, or add a ridge; the value is the last good iterate"
+        "use solve_minres or solve_gmres, or add a ridge; the value is the iterate before that, "
+        "which may be far off: see its residual"
     ),
     Status.DIVERGED: (
         "diverged: a Neumann series needs every |1 - alpha * eigenvalue| < 1. Check the sign (a "
@@ -166,7 +168,8 @@ def _callers_level() -> int:
 
     In a backward pass that is whoever called it.
     """
-    inside, level = (os.path.dirname(__file__), os.path.dirname(torch.__file__)), 1
+    inside = tuple(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__))
+    level = 1
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1

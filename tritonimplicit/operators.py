@@ -166,9 +166,16 @@ class LinearOperator:
 class LinearMap:
     """v -> fn(v, args) on tuples like `x`, linear in v; `.T` is recorded from it by autograd."""
 
-    def __init__(self, fn: ResidualFn, x: Tensors, args: Tensors, symmetric: bool = False):
+    def __init__(
+        self,
+        fn: ResidualFn,
+        x: Tensors,
+        args: Tensors,
+        symmetric: bool = False,
+        positive_definite: bool = False,
+    ):
         self._fn, self._x, self._args = fn, x, args
-        self.symmetric = symmetric
+        self.symmetric, self.positive_definite = symmetric, positive_definite
 
     def __call__(self, v: Tensors) -> Tensors:
         """A v."""
@@ -184,7 +191,10 @@ class LinearMap:
 
 
 def shifted(matvec: Matvec, ridge: Tensor, batch_ndim: int) -> Matvec:
-    """v -> A v + ridge v; the ridge is 0-dim or has the shape of the `batch_ndim` dimensions."""
+    """v -> A v + ridge v; the ridge is 0-dim or has the shape of the `batch_ndim` dimensions.
+
+    It may be negative: a positive definite A stays symmetric, and no more is known.
+    """
 
     def add(product: TensorTree, v: TensorTree, ridge: Tensor) -> TensorTree:
         leaves, spec = optree.tree_flatten(v)

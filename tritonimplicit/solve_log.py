@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+import optree
 import torch
+from torch import Tensor
 
 from tritonimplicit.diagnostics import Solution, Status
 
@@ -18,7 +21,7 @@ _OPEN_LOGS: list[SolveLog] = []
 class SolveLog(Sequence[Solution]):
     """The Solutions of the solves inside a `record_solves()`, in the order in which they ended.
 
-    It holds their values, and with them the memory.
+    It holds copies of their values.
     """
 
     def __init__(self) -> None:
@@ -89,7 +92,11 @@ def recording() -> bool:
 
 
 def record(solution: Solution) -> None:
-    """Add a Solution to each open log."""
+    """Add a Solution to each open log, with a copy of its value: that itself is the caller's."""
+    if _OPEN_LOGS:
+        solution = dataclasses.replace(
+            solution, value=optree.tree_map(Tensor.clone, solution.value)
+        )
     for log in _OPEN_LOGS:
         log._solutions.append(solution)
 

@@ -74,6 +74,20 @@ def is_gradient(fn: Callable[..., Any]) -> bool:
     return settings.get("argnums") == 0 and settings.get("has_aux") is False
 
 
+def is_watched(tensor: Tensor) -> bool:
+    """Whether autograd, forward-mode AD or a transform differentiates or vmaps the tensor.
+
+    Unlike `is_transformed`, not whether a transform has merely wrapped it.
+    """
+    if has_tangent(tensor):
+        return True
+    while not tensor.requires_grad and is_transformed(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
 def in_trace() -> bool:
     """Whether AOTAutograd is tracing, below Dynamo: tensors have shapes and no values."""
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()

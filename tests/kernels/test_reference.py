@@ -151,3 +151,14 @@ def test_one_partial_sum_a_row() -> None:
     assert [reference.partial_count(ld) for ld in (16, 10**7)] == [1, 1]
     assert partial_count(10**7, "cpu") == 1
     assert backend("auto", "cpu", torch.float32) is reference
+
+
+def test_the_default_device_does_not_matter() -> None:
+    step = cg(3, 5000, torch.float32)
+    expected = TARGET.run(step)
+    torch.set_default_device("meta")
+    try:
+        done = TARGET.run(step)
+    finally:
+        torch.set_default_device(None)
+    assert bits_equal(done, expected)

@@ -113,3 +113,16 @@ def test_nan_is_told_whatever_is_picked():
     matrix = torch.full((40, 40), torch.nan)
     solution = Auto().solve(lambda v: matrix @ v, torch.ones(40))
     assert solution.status == Status.NON_FINITE and solution.value.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_coarse_dtype_does_not_make_a_matrix_symmetric(dtype):
+    matrix = (torch.eye(512) + 0.9 * torch.randn(512, 512) / 512**0.5).to(dtype)
+    solver = Auto(rtol=5e-2, on_failure="ignore")
+    assert solver.solve(lambda v: matrix @ v, torch.randn(512).to(dtype)).solver == "GMRES"
+
+
+def test_a_dense_solve_is_held_to_an_absolute_tolerance_too():
+    scale = torch.logspace(0, 3, 20)
+    solution = Auto(rtol=0.0, atol=1e-2).solve(lambda v: scale * v, torch.ones(20))
+    assert solution.solver == "Dense" and solution.status == Status.CONVERGED

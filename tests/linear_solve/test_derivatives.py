@@ -130,7 +130,7 @@ def test_a_hessian_by_autograd_is_differentiated_through_its_closure():
 
 
 def test_the_matvecs_of_a_differentiated_solve():
-    """A closure without gradients costs nothing; one with costs one product, for its graph."""
+    """A closure without gradients costs nothing; one with costs two products, for its graph."""
     scale, calls = torch.linspace(1, 2, 8, dtype=DOUBLE), []
 
     def matvec(v):
@@ -143,7 +143,7 @@ def test_the_matvecs_of_a_differentiated_solve():
         calls.clear()
         CG(rtol=1e-10)(matvec, torch.ones(8, dtype=DOUBLE))
         counts.append(len(calls))
-    assert counts[1] == counts[0] + 1
+    assert counts[1] == counts[0] + 2
 
 
 def test_a_solve_without_iterations_keeps_its_graph():
@@ -314,3 +314,131 @@ def test_what_an_operator_says_of_itself_is_heard():
     with ti.record_solves() as log:
         Auto()(Definite(), torch.ones(50))
     assert log[0].solver == "CG"
+
+
+# --- What a closure reaches when the backward pass comes ------------------------------------------
+
+
+def gradient_of(solve, *inputs):
+    return torch.autograd.grad(solve().sin().sum(), inputs)
+
+
+def test_a_closures_variable_may_be_bound_to_something_else_before_the_backward_pass():
+    base = (torch.eye(3, dtype=DOUBLE) + 0.1 * torch.randn(3, 3, dtype=DOUBLE)).requires_grad_()
+    b = torch.ones(3, dtype=DOUBLE, requires_grad=True)
+    got, expected = [], []
+    for i in range(3):
+        a = base @ base.mT + i * torch.eye(3, dtype=DOUBLE)
+        got.append(GMRES(rtol=1e-13)(lambda v: a @ v, b))  # noqa: B023
+        expected.append(torch.linalg.solve(a, b))
+    loss = [sum(x.sin().sum() for x in xs) for xs in (got, expected)]
+    grads = [torch.autograd.grad(y, (base, b), retain_graph=True) for y in loss]
+    for ours, exact in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+def test_a_constant_of_the_closure_that_changes_in_place_is_noticed():
+    w, d = torch.ones(3, dtype=DOUBLE, requires_grad=True), torch.ones(3, dtype=DOUBLE)
+    x = CG()(lambda v: w * d * v, torch.ones(3, dtype=DOUBLE))
+    d.add_(5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        x.sum().backward()
+
+
+def test_a_second_derivative_of_a_closure_that_has_changed_is_an_error():
+    w, factor = torch.ones(3, dtype=DOUBLE, requires_grad=True), [1.0]
+    x = CG()(lambda v: factor[0] * w * v, torch.ones(3, dtype=DOUBLE))
+    factor[0] = 2.0
+    (g,) = torch.autograd.grad(x.sum(), w, retain_graph=True)
+    torch.testing.assert_close(g, -torch.ones(3, dtype=DOUBLE))  # that of the forward pass
+    with pytest.raises(RuntimeError, match="another result than in the forward pass"):
+        torch.autograd.grad(x.sum(), w, create_graph=True)
+
+
+def test_hooks_run_once_and_tensors_on_the_way_get_gradients():
+    w = torch.randn(3, 3, dtype=DOUBLE, requires_grad=True)
+    b, results = torch.ones(3, dtype=DOUBLE), []
+    w.register_hook(lambda g: 2 * g)
+    for solve in (lambda a: CG(rtol=1e-13)(lambda v: a @ v, b), lambda a: torch.linalg.solve(a, b)):
+        w.grad, a = None, symmetric(w)
+        a.retain_grad()
+        solve(a).sin().sum().backward()
+        results.append((w.grad, a.grad))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    sym = [g + g.mT for _, g in results]  # CG's matrix is symmetric, whatever its elements do
+    torch.testing.assert_close(*sym)
+
+
+def test_a_module_in_a_functional_call_gives_the_parameters_of_that_call_their_gradient():
+    class Solving(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.ones(3, dtype=DOUBLE))
+
+        def forward(self, b):
+            return GMRES(rtol=1e-13)(lambda v: self.w * v, b)
+
+    w2 = torch.tensor([2.0, 3.0, 4.0], dtype=DOUBLE, requires_grad=True)
+    b = torch.ones(3, dtype=DOUBLE, requires_grad=True)
+    x = torch.func.functional_call(Solving(), {"w": w2}, (b,))
+    got = torch.autograd.grad(x.sum(), (w2, b))
+    torch.testing.assert_close(got, (-1 / w2.detach() ** 2, 1 / w2.detach()))
+
+
+def test_a_hessian_taken_anew_in_each_product():
+    w = torch.randn(4, dtype=DOUBLE, requires_grad=True)
+    b = torch.randn(4, dtype=DOUBLE)
+
+    def hvp(v):
+        with torch.enable_grad():
+            (g,) = torch.autograd.grad(w.cosh().sum(), w, create_graph=True)
+            return torch.autograd.grad(g, w, v, create_graph=True)[0]
+
+    (got,) = torch.autograd.grad(CG(rtol=1e-13)(hvp, b).sum(), w)
+    torch.testing.assert_close(got, torch.autograd.grad((b / w.cosh()).sum(), w)[0])
+
+
+@pytest.mark.parametrize("solver", [GMRES(rtol=1e-12), BiCGSTAB(rtol=1e-12)], ids=str)
+def test_a_function_M_is_not_used_for_the_transpose(solver):
+    torch.manual_seed(0)
+    a = (torch.eye(20, dtype=DOUBLE) * 3 + torch.randn(20, 20, dtype=DOUBLE)).requires_grad_()
+    inverse, b = torch.linalg.inv(a.detach()), torch.randn(20, dtype=DOUBLE)
+    solver = dataclasses.replace(solver, M=lambda r: inverse @ r, maxiter=500)
+    for matvec in (LinearOperator(lambda v, a: a @ v, a), lambda v: a @ v):
+        with ti.record_solves() as log:
+            (got,) = torch.autograd.grad(solver(matvec, b).sin().sum(), a)
+        assert log[0].iterations == 1
+        exact = torch.autograd.grad(torch.linalg.solve(a, b).sin().sum(), a)[0]
+        torch.testing.assert_close(got, exact)
+
+
+def test_an_operator_that_does_not_name_all_its_tensors_is_refused():
+    w, d = (torch.ones(3, requires_grad=True) for _ in range(2))
+    for names in ((d,), (d.detach(),)):
+        op = LinearOperator(lambda v, d: w * v + d * v, *names)
+        with pytest.raises(RuntimeError, match="does not name"):
+            CG()(op, torch.ones(3, requires_grad=True))
+
+
+def test_what_an_operator_was_told_holds_where_it_is_differentiated():
+    a = torch.full((50,), 2.0, requires_grad=True)
+    with ti.record_solves() as log:
+        Auto()(LinearOperator(lambda v, a: a * v, a, positive_definite=True), torch.ones(50))
+    assert [solution.solver for solution in log] == ["CG"]
+
+
+def test_a_vmapped_ridge_with_a_plain_matvec():
+    ridges, b = torch.tensor([0.5, 1.0], dtype=DOUBLE), torch.ones(3, dtype=DOUBLE)
+    solve = lambda r: CG(rtol=1e-13, ridge=r)(lambda v: 2 * v, b)  # noqa: E731
+    torch.testing.assert_close(torch.func.vmap(solve)(ridges), b / (2 + ridges[:, None]))
+    got = torch.func.grad(lambda r: solve(r).sum())(ridges[0])
+    torch.testing.assert_close(got, torch.tensor(-3 / 2.5**2, dtype=DOUBLE))
+
+
+def test_a_log_holds_values_of_its_own():
+    b = torch.ones(3, requires_grad=True)
+    with ti.record_solves() as log:
+        x = CG()(lambda v: 2 * v, b)
+    with torch.no_grad():
+        x.mul_(100)
+    assert log[0].value.tolist() == [0.5] * 3 and not log[0].value.requires_grad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,7 +38,8 @@ class Auto(IterativeSolver):
     against v.A u for two random vectors, 2 products and a look by the host. Definiteness cannot be
     tested so cheaply, and MINRES does without.
 
-    Fields are those of iterative solvers, and go to the method; `Dense` makes use of `rtol` alone.
+    Fields are those of iterative solvers, and go to the method; of `Dense` there are `rtol` and
+    `atol`.
     """
 
     def _choose(self, matvec: Matvec, b: TensorTree, layout: Layout) -> LinearSolver:
@@ -45,6 +47,7 @@ class Auto(IterativeSolver):
         if layout.n <= SMALL:
             return Dense(
                 rtol=self.rtol,
+                atol=self.atol,
                 positive_definite=definite,
                 ridge=self.ridge,
                 batch_ndim=self.batch_ndim,
@@ -69,7 +72,8 @@ def _looks_symmetric(apply: RowMatvec) -> bool:
     size = kernels.row_norms(au) + kernels.row_norms(av)
     coarsest = max(torch.finfo(dtype).eps for dtype in layout.dtypes)  # that products round to
     difference: Tensor = (kernels.row_dots(u, av) - kernels.row_dots(v, au)).abs()
-    return bool((difference <= 8 * coarsest * size).all())
+    # Roundings of A v add up along u as at random: to ‖A v‖ / sqrt(n), not to ‖A v‖.
+    return bool((difference <= 32 * coarsest / math.sqrt(layout.n) * size).all())
 
 
 def solve_auto(*, matvec: Matvec | None = None, b: TensorTree | None = None, **fields: Any) -> Auto:

@@ -22,6 +22,7 @@ from tritonimplicit.diagnostics import (
     statuses_in,
 )
 from tritonimplicit.linear_solve.direct import solve_directly
+from tritonimplicit.linear_solve.graphs import stream_for_graphs
 from tritonimplicit.linear_solve.rows import RowSolution
 from tritonimplicit.linear_solve.solve import OwnSolver
 from tritonimplicit.operators import Matvec, shifted
@@ -116,6 +117,14 @@ class LinearSolver(OwnSolver):
         """Return the solver for another right hand side, of which nothing is known."""
         return self
 
+    def transposed(self) -> LinearSolver:
+        """Return the solver for another right hand side and A^T, of which nothing is known."""
+        return self.without_guess()
+
+    def on_leaves(self, spec: optree.PyTreeSpec) -> LinearSolver:
+        """Return the solver for vectors that are tuples of the leaves of a pytree like `spec`."""
+        return self
+
     def vmapped(self, sizes: torch.Size) -> LinearSolver:
         """Return the solver for systems numbered by leading dimensions of these sizes too."""
         ridge = self.ridge
@@ -133,7 +142,8 @@ class LinearSolver(OwnSolver):
         layout = Layout.of(b, self.batch_ndim)
         check_not_differentiated(b)
         solver = self._choose(matvec, b, layout)
-        rows = solver._solve_rows(matvec, b, layout)
+        with stream_for_graphs(getattr(solver, "cuda_graph", False), layout.device):
+            rows = solver._solve_rows(matvec, b, layout)
         present = rows.present
         if (overflown := layout.overflown(rows.x)) is not None:
             rows.status.masked_fill_(overflown, Status.NON_FINITE)

@@ -1,7 +1,9 @@
 """Derivatives of a solve whose matvec is a plain function: autograd's, in what it closes over.
 
-The leaves that require grad are found in the graph of one product. First and higher derivatives
-take the product anew, so that any function will do, a Hessian by torch.autograd.grad for one.
+After the solve the product A x is recorded. A first derivative is taken of that recording, as of
+any other operation: whatever the function sees when the backward pass comes, it is not called
+again. A derivative that is to be differentiated (create_graph=True) calls it again, and checks that
+it is the same function still.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from tritonimplicit.operators import Matvec, Tensors, Transposable, graph_leaves
 
 
 def solve_closed(solver: OwnSolver, matvec: Matvec, b: TensorTree) -> TensorTree:
-    """Return x with A x = b, differentiable by autograd in b and in leaves that `matvec` reaches.
+    """Return x with A x = b, differentiable by autograd in b and in what `matvec` depends on.
 
-    Where nothing requires grad this costs nothing; else the products of a solve, and one more.
+    Where nothing requires grad this costs nothing; else the products of a solve, and two more.
     """
     watch = (_TransposableWatch if isinstance(matvec, Transposable) else _Watch)(matvec)
     with torch.no_grad():
@@ -34,11 +36,10 @@ def solve_closed(solver: OwnSolver, matvec: Matvec, b: TensorTree) -> TensorTree
         return x
     solver, matvec, b = solver.equation(matvec, b)
     b_leaves, spec = optree.tree_flatten(b)
-    values = tuple(optree.tree_leaves(x))
-    with torch.enable_grad():
-        product = optree.tree_leaves(matvec(x))
-    problem = _Problem(solver, matvec, spec, values)
-    flat = (*b_leaves, *graph_leaves(product))
+    problem = _Problem(solver, matvec, spec, tuple(t.detach() for t in optree.tree_leaves(x)))
+    product = problem.product(problem.values)  # part of the graph, as b is
+    problem.product_values = tuple(t.detach() for t in product)
+    flat = (*b_leaves, *product, *graph_leaves(product))
     return optree.tree_unflatten(spec, _Solved.apply(problem, *flat))  # type: ignore[no-untyped-call]
 
 
@@ -53,13 +54,14 @@ class _Watch:
         self.requires_grad = False
 
     def __call__(self, v: TensorTree) -> TensorTree:
-        if self.looked or torch.is_grad_enabled():  # grad is enabled where a solver records it
+        if torch.is_grad_enabled():  # where a solver records it
             return self._matvec(v)
-        self.looked = True
-        with torch.enable_grad():
+        with torch.set_grad_enabled(not self.looked):
             product = self._matvec(v)
-        leaves = [t for t in optree.tree_leaves(product) if isinstance(t, Tensor)]
-        self.requires_grad = any(t.requires_grad for t in leaves)
+        if not self.looked:
+            self.looked = True
+            leaves = optree.tree_leaves(product)
+            self.requires_grad = any(isinstance(t, Tensor) and t.requires_grad for t in leaves)
         return optree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, product)
 
 
@@ -74,34 +76,54 @@ class _TransposableWatch(_Watch):
 
 
 class _Problem:
-    """What the graph keeps of a solve besides tensors; `values` is handed over to it once."""
+    """What the graph keeps of a solve besides tensors; `values` are the solution's."""
 
     def __init__(self, solver: OwnSolver, matvec: Matvec, spec: optree.PyTreeSpec, values: Tensors):
-        self.solver = solver.without_guess()  # which is one for b
-        self.matvec, self.spec = matvec, spec
-        self.values = values
+        self.solver, self.matvec, self.spec, self.values = solver, matvec, spec, values
+        self.product_values: Tensors = ()
+        self._transposed = self._recorded_transpose()
 
-    def product(self, v: Tensors) -> list[Tensor]:
-        """A v, on leaves."""
-        return optree.tree_leaves(self.matvec(optree.tree_unflatten(self.spec, v)))
+    def product(self, v: Tensors) -> Tensors:
+        """A v, on leaves, with a graph."""
+        with torch.enable_grad():
+            return tuple(optree.tree_leaves(self.matvec(self.tree(v))))
+
+    def tree(self, leaves: Tensors) -> TensorTree:
+        """The leaves in the structure of b."""
+        return optree.tree_unflatten(self.spec, leaves)
 
     def solve_transposed(self, g: Tensors) -> Tensors:
         """A^-T g, differentiable where grad is enabled."""
-        tree = optree.tree_unflatten(self.spec, g)
-        matvec = self.matvec if self.solver.symmetric else transpose(self.matvec, like=tree)
-        return tuple(optree.tree_leaves(self.solver(matvec, tree)))
+        tree, transposed = self.tree(g), self._transposed
+        if torch.is_grad_enabled():
+            symmetric = self.solver.symmetric
+            transposed = self.matvec if symmetric else transpose(self.matvec, like=tree)
+        return tuple(optree.tree_leaves(self.solver.transposed()(transposed, tree)))
+
+    def _recorded_transpose(self) -> Matvec:
+        """u -> A^T u of the recorded A, without derivatives."""
+        try:
+            return transpose(self.matvec, like=self.tree(self.values))
+        except RuntimeError:  # a product that autograd cannot pull back
+            if self.solver.symmetric:
+                return self.matvec
+            raise
 
 
 class _Solved(torch.autograd.Function):
-    """(problem, *b, *leaves that A depends on) -> x; the solution is there already."""
+    """(problem, *b, *A x, *leaves that A x depends on) -> x; the solution is there already.
+
+    As x = A^-1 b, dx = A^-1 (db - dA x), and dA x is the change of the recorded product.
+    """
 
     @staticmethod
     def forward(ctx: Any, problem: _Problem, *flat: Tensor) -> Tensors:
-        x, problem.values = problem.values, ()
-        ctx.problem, ctx.n = problem, len(x)
+        n = len(problem.values)
+        x = tuple(t.detach() for t in problem.values)
+        ctx.problem, ctx.n = problem, n
         ctx.set_materialize_grads(False)
         # Saved so that autograd notices a change in place before the backward pass.
-        ctx.save_for_backward(*x, *flat[len(x) :])
+        ctx.save_for_backward(*x, *flat[2 * n :])
         return x
 
     @staticmethod
@@ -113,7 +135,10 @@ class _Solved(torch.autograd.Function):
         given = zip(cotangents, x, strict=True)
         g = tuple(torch.zeros_like(t) if cotangent is None else cotangent for cotangent, t in given)
         w = problem.solve_transposed(g)
-        return (None, *w, *_pull_into(leaves, problem, x, tuple(-t for t in w)))
+        opposite = tuple(-t for t in w)
+        if torch.is_grad_enabled():  # create_graph=True
+            return (None, *w, *(None,) * n, *_pull_into(leaves, problem, x, opposite))
+        return (None, *w, *opposite, *(None,) * len(leaves))
 
 
 def _pull_into(
@@ -121,20 +146,32 @@ def _pull_into(
 ) -> tuple[Tensor | None, ...]:
     """Pull cotangents of A x back into the leaves that A depends on, x held fixed.
 
-    With grad enabled the result is differentiable in x as well: x is shut off from this pull alone.
+    The result is differentiable in x as well: x is shut off from this pull alone.
     """
     if not leaves:
         return ()
-    graph, gate = torch.is_grad_enabled(), _Gate()
-    with torch.enable_grad():
-        y = problem.product(gate.guard(x))
-        live = [(out, cot) for out, cot in zip(y, cotangents, strict=True) if out.requires_grad]
-        outputs, gradients = zip(*live, strict=True)
-        pulled = torch.autograd.grad(
-            outputs, leaves, gradients, create_graph=graph, retain_graph=True, allow_unused=True
-        )
+    gate = _Gate()
+    y = problem.product(gate.guard(x))
+    _check_unchanged(problem, y)
+    live = [(out, cot) for out, cot in zip(y, cotangents, strict=True) if out.requires_grad]
+    outputs, gradients = zip(*live, strict=True)
+    pulled = torch.autograd.grad(
+        outputs, leaves, gradients, create_graph=True, retain_graph=True, allow_unused=True
+    )
     gate.open = True
     return pulled
+
+
+def _check_unchanged(problem: _Problem, y: Tensors) -> None:
+    """Raise RuntimeError if A x, taken anew as y, is not what it was in the forward pass."""
+    for now, before in zip(y, problem.product_values, strict=True):
+        difference = (now.detach() - before).norm()
+        if difference > torch.finfo(before.dtype).eps ** 0.5 * before.norm():
+            raise RuntimeError(
+                "create_graph=True calls the matvec again in the backward pass, and it gives "
+                "another result than in the forward pass (what it closes over has changed, or it "
+                "is random): give a tritonimplicit.LinearOperator(fn, *tensors)."
+            )
 
 
 class _Gate:

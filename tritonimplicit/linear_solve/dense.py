@@ -25,12 +25,13 @@ class Dense(LinearSolver):
     a value of NaN where the matrix is not positive definite. The residual that is reported, and
     judged, is that of the matrix in float64.
 
-    A system is CONVERGED if its relative residual is at most `rtol` (None: sqrt(eps)) or eps,
-    STAGNATED above that (an ill-conditioned matrix), BREAKDOWN with a value of NaN if a pivot is
-    exactly zero.
+    A system is CONVERGED if its residual is at most max(rtol ‖b‖, atol), `rtol` None being
+    sqrt(eps), or eps ‖b‖; STAGNATED above that (an ill-conditioned matrix), BREAKDOWN with a value
+    of NaN if a pivot is exactly zero.
     """
 
     rtol: float | None = None
+    atol: float = 0.0
     positive_definite: bool = False
 
     def __post_init__(self) -> None:
@@ -38,6 +39,7 @@ class Dense(LinearSolver):
         super().__post_init__()
         if self.rtol is not None:
             check_tolerance("rtol", self.rtol)
+        check_tolerance("atol", self.atol)
 
     def _solve_rows(self, matvec: Matvec, b: TensorTree, layout: Layout) -> RowSolution:
         apply = RowMatvec(matvec, layout, self._ridge_rows(layout))
@@ -48,7 +50,7 @@ class Dense(LinearSolver):
         residual_norm = _residual_norm(matrix, solved, y)
         eps = torch.finfo(layout.dtype).eps
         relative = math.sqrt(eps) if self.rtol is None else max(self.rtol, eps)
-        tolerance = relative * kernels.row_norms(rhs)
+        tolerance = (relative * kernels.row_norms(rhs)).clamp(min=self.atol)
         status = torch.where(residual_norm <= tolerance, codes.CONVERGED, codes.STAGNATED)
         given = matrix.isfinite().all(2).all(1) & y.isfinite().all(1)
         status = torch.where(solved.isfinite().all(1) & given, status, codes.NON_FINITE)

@@ -11,7 +11,12 @@ from tritonimplicit.linear_solve.closed import solve_closed
 from tritonimplicit.linear_solve.rows import hidden_derivative
 from tritonimplicit.linear_solve.solve import LinearFamily, OwnSolver, guess_of, linear_solve
 from tritonimplicit.operators import LinearOperator, Matvec, Tensors
-from tritonimplicit.torch_internals import forward_ad_active, has_derivative, transforms_active
+from tritonimplicit.torch_internals import (
+    forward_ad_active,
+    has_derivative,
+    is_watched,
+    transforms_active,
+)
 from tritonimplicit.vectors import Layout
 
 
@@ -34,19 +39,24 @@ def _solve_openly(solver: OwnSolver, matvec: Matvec, b: TensorTree) -> TensorTre
     """By the autograd.Function that holds under every transform, all tensors given openly."""
     layout = Layout.of(b, solver.batch_ndim)
     init = tuple(optree.tree_leaves(guess_of(solver)))
-    solver, matvec, b = solver.equation(matvec, b)
-    if isinstance(matvec, LinearOperator):
-        operator = matvec
-    else:
-        _refuse_closure(matvec, b)
-        operator = LinearOperator(matvec)
+    operator = matvec if isinstance(matvec, LinearOperator) else LinearOperator(matvec)
+    _refuse_closure(operator, b)
+    solver, matvec, b = solver.equation(operator, b)
+    assert isinstance(matvec, LinearOperator)
+    operator = matvec
     leaves, spec = optree.tree_flatten(b)
 
     def product(v: Tensors, tensors: Tensors) -> Tensors:
         av = operator.at(tensors)(optree.tree_unflatten(spec, v))
         return tuple(layout.leaves_of(av, "the result of the matvec"))
 
-    family = LinearFamily(product, solver, linear=True, symmetric=operator.symmetric)
+    family = LinearFamily(
+        product,
+        solver.on_leaves(spec),
+        linear=True,
+        symmetric=operator.symmetric,
+        positive_definite=operator.positive_definite,
+    )
     origin = tuple(torch.zeros_like(t) for t in leaves)
     args = tuple(operator.leaves)
     x = linear_solve(
@@ -55,10 +65,15 @@ def _solve_openly(solver: OwnSolver, matvec: Matvec, b: TensorTree) -> TensorTre
     return optree.tree_unflatten(spec, x)
 
 
-def _refuse_closure(matvec: Matvec, like: TensorTree) -> None:
-    """Raise RuntimeError if the matvec's result depends on more than its argument: one product."""
+def _refuse_closure(operator: LinearOperator, like: TensorTree) -> None:
+    """Raise RuntimeError if a product depends on more than the operator's tensors: one product.
+
+    Under a transform that cannot be told of an operator that has tensors.
+    """
+    if operator.leaves and (transforms_active() or forward_ad_active()):
+        return
     zeros = optree.tree_map(lambda t: torch.zeros(t.shape, dtype=t.dtype, device=t.device), like)
     with torch.enable_grad():
-        product = matvec(zeros)
-    if any(isinstance(t, Tensor) and has_derivative(t) for t in optree.tree_leaves(product)):
+        product = operator.at([t.detach() for t in operator.leaves])(zeros)
+    if any(isinstance(t, Tensor) and is_watched(t) for t in optree.tree_leaves(product)):
         raise hidden_derivative()

@@ -18,6 +18,8 @@ from tritonimplicit.linear_solve.base import (
     check_tolerance,
 )
 from tritonimplicit.linear_solve.preconditioners import (
+    Jacobi,
+    Nystrom,
     Preconditioner,
     check_preconditioner,
     vmapped,
@@ -82,6 +84,27 @@ class IterativeSolver(LinearSolver):
     def without_guess(self) -> IterativeSolver:
         """Return the solver with no initial guess, for another right hand side."""
         return self if self.init is None else dataclasses.replace(self, init=None)
+
+    def transposed(self) -> IterativeSolver:
+        """Return the solver for another right hand side and A^T.
+
+        A function M is about A^-1 and serves A^T only where both are symmetric; `Jacobi` and
+        `Nystrom` look at the matrix that there is.
+        """
+        solver = self.without_guess()
+        if self.symmetric or self.M is None or isinstance(self.M, (Jacobi, Nystrom)):
+            return solver
+        return dataclasses.replace(solver, M=None)
+
+    def on_leaves(self, spec: optree.PyTreeSpec) -> LinearSolver:
+        """Return the solver for vectors that are tuples of the leaves of a pytree like `spec`."""
+        M = self.M
+        if M is None or isinstance(M, (Jacobi, Nystrom)):
+            return self
+        fn = M
+        return dataclasses.replace(
+            self, M=lambda r: tuple(optree.tree_leaves(fn(optree.tree_unflatten(spec, r))))
+        )
 
     def vmapped(self, sizes: torch.Size) -> LinearSolver:
         """Return the solver for systems numbered by leading dimensions of these sizes as well."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import optree
 import torch
 
 from tritonimplicit.diagnostics import Solution, TensorTree
@@ -50,6 +51,14 @@ class Observed(OwnSolver):
     def without_guess(self) -> OwnSolver:
         """Return the solver for another right hand side, of which nothing is known."""
         return self._around(self.inner.without_guess())
+
+    def transposed(self) -> OwnSolver:
+        """Return the solver for another right hand side and A^T, of which nothing is known."""
+        return self._around(self.inner.transposed())
+
+    def on_leaves(self, spec: optree.PyTreeSpec) -> OwnSolver:
+        """Return the solver for vectors that are tuples of the leaves of a pytree like `spec`."""
+        return self._around(self.inner.on_leaves(spec))
 
     def vmapped(self, sizes: torch.Size) -> OwnSolver:
         """Return the solver for systems numbered by leading dimensions of these sizes too."""

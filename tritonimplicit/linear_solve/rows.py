@@ -101,10 +101,10 @@ def refuse_gradient(result: TensorTree, name: str = "the matvec") -> TensorTree:
 def hidden_derivative() -> RuntimeError:
     """The error of a matvec with a closure that a transform cannot see."""
     return RuntimeError(
-        "under a torch.func transform (grad, jvp, vmap, ...), or forward-mode AD, the matvec "
-        "closes over a tensor that is being differentiated or vmapped, which the solver cannot "
-        "see: give it openly, by tritonimplicit.LinearOperator(fn, *tensors), the map "
-        "v -> fn(v, *tensors)."
+        "the matvec closes over a tensor that is being differentiated or vmapped, which a "
+        "LinearOperator does not name, or which under a torch.func transform (grad, jvp, vmap, "
+        "...) or forward-mode AD no plain function can show: give it openly, by "
+        "tritonimplicit.LinearOperator(fn, *tensors), the map v -> fn(v, *tensors)."
     )
 
 

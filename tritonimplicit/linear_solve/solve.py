@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
+import optree
 import torch
 from torch import Tensor
 
@@ -64,6 +65,14 @@ class OwnSolver(abc.ABC):
         """Return the solver for another right hand side, of which nothing is known."""
 
     @abc.abstractmethod
+    def transposed(self) -> OwnSolver:
+        """Return the solver for another right hand side and A^T, of which nothing is known."""
+
+    @abc.abstractmethod
+    def on_leaves(self, spec: optree.PyTreeSpec) -> OwnSolver:
+        """Return the solver for vectors that are tuples of the leaves of a pytree like `spec`."""
+
+    @abc.abstractmethod
     def vmapped(self, sizes: torch.Size) -> OwnSolver:
         """Return the solver for systems numbered by leading dimensions of these sizes too."""
 
@@ -81,6 +90,7 @@ class LinearFamily:
     depth: int = 0
     linear: bool = False
     symmetric: bool = False
+    positive_definite: bool = False
 
     def recorded(self, x: Tensors, args: Tensors, wrt: Sequence[int] = ()) -> Jacobian:
         """Return A(x, args), from one evaluation of fn."""
@@ -88,7 +98,11 @@ class LinearFamily:
 
     def operator(self, x: Tensors, args: Tensors, transpose: bool) -> Matvec:
         """Return A(x, args), or its transpose."""
-        a = LinearMap(self.fn, x, args, self._symmetric) if self.linear else self.recorded(x, args)
+        a: Jacobian | LinearMap
+        if self.linear:
+            a = LinearMap(self.fn, x, args, self._symmetric, self.positive_definite)
+        else:
+            a = self.recorded(x, args)
         return a.T if transpose else a
 
     @property
@@ -121,6 +135,12 @@ class LinearFamily:
         if not isinstance(self.solver, OwnSolver):
             return self
         return dataclasses.replace(self, solver=self.solver.without_guess())
+
+    def flipped(self) -> LinearFamily:
+        """Return the family with the solver for the other transpose."""
+        if not isinstance(self.solver, OwnSolver):
+            return self
+        return dataclasses.replace(self, solver=self.solver.transposed())
 
     def with_ridge_open(self, args: Tensors) -> tuple[LinearFamily, Tensors]:
         """Return the family and the args with a ridge that is differentiated among the args."""
@@ -217,7 +237,7 @@ class _LinearSolve(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         family, transpose, n = ctx.family, ctx.transpose, ctx.counts[0]
         given, u = ctx.saved_tensors[:-n], ctx.saved_tensors[-n:]
-        w = linear_solve(family, given[:n], given[n:], cotangents, not transpose)
+        w = linear_solve(family.flipped(), given[:n], given[n:], cotangents, not transpose)
         needed = ctx.needs_input_grad[3:]
         wanted = [i for i in range(len(given)) if needed[i]]
         grads: MaybeTensors = (None,) * len(given)

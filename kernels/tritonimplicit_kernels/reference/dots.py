@@ -54,7 +54,7 @@ def products(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
     if a.shape[1] <= SHORT:
         return torch.mul(a, b, out=room).sum(1)
     sums = [torch.dot(x, y).tolist() for x, y in zip(a.unbind(), b.unbind(), strict=True)]
-    return torch.tensor(sums, dtype=torch.float64)
+    return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
 
 def squares(a: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _by_tile(sums: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
-    out = torch.empty(vectors[0].shape[0], dtype=torch.float64)
+    out = torch.empty(vectors[0].shape[0], dtype=torch.float64, device="cpu")
     for rows in row_groups(vectors[0]):
         out[rows] = row_sums(sums(*tile) for tile in column_tiles(*take(rows, *vectors)))
     return out

@@ -39,7 +39,7 @@ def row_groups(vector: Tensor, wanted: Tensor | None = None) -> Iterator[Rows]:
     for start in range(0, len(wanted_rows), size):
         group = wanted_rows[start : start + size]
         first, end = group[0], group[-1] + 1
-        yield slice(first, end) if end - first == len(group) else torch.tensor(group)
+        yield slice(first, end) if end - first == len(group) else torch.tensor(group, device="cpu")
 
 
 def take(rows: Rows, *tensors: Tensor) -> tuple[Tensor, ...]:
