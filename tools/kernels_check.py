@@ -27,9 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from tools.op_arguments import arguments
 from tritonimplicit_kernels import ops
 from tritonimplicit_kernels import triton as kernels
-from tritonimplicit_kernels.layout import SHAPES, dtype_of
 
 TARGETS = [
     GPUTarget("cuda", 80, 32),
@@ -112,18 +112,8 @@ def compiling_only(target: GPUTarget) -> Iterator[dict[str, Any]]:
 
 def launch_all(dtype: torch.dtype) -> None:
     """Call the Triton launcher of every op on small tensors."""
-    sizes = {"2": 2, "B": 2, "ld": 4096, "P": 2}
     for op in ops.SCHEMAS:
-        arguments = getattr(torch.ops.tritonimplicit, op).default._schema.arguments
-        values = [
-            torch.zeros([sizes[size] for size in SHAPES[a.name].split(", ")]).to(
-                dtype_of(a.name, dtype)
-            )
-            if a.name in SHAPES
-            else 100
-            for a in arguments
-        ]
-        getattr(kernels, op)(*values)
+        getattr(kernels, op)(*arguments(op, dtype, batch=2, ld=4096, partials=2).values())
 
 
 def kernel_names() -> set[str]:
@@ -266,7 +256,7 @@ def main() -> int:
         budget = {"triton": {"version": triton.__version__}} | used
         BUDGET.write_text(json.dumps(budget, indent=2) + "\n")
     elif over := over_budget(used, json.loads(BUDGET.read_text())):
-        faults += [*over, "if that is meant: .venv/bin/python tools/kernels_check.py --update"]
+        faults += [*over, "if that is meant: .venv/bin/python -m tools.kernels_check --update"]
     for fault in faults:
         print(fault)
     return 1 if faults else 0
