@@ -13,7 +13,7 @@ PIP_INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.
 TOO_OLD := "Python 3.10 or newer is needed: make PYTHON=python3.12, for one"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test integration bench test-gpu lint kernels-check clean
+.PHONY: help demo test integration bench test-gpu lint kernels-check ops-table clean
 
 help:
 	@echo 'make demo           train a deep equilibrium model on handwritten digits (DEMO_ARGS=--quick: shorter)'
@@ -23,6 +23,7 @@ help:
 	@echo 'make test-gpu       the tests that need a GPU, by $$(PYTHON) as it is: nothing is installed'
 	@echo 'make lint           style, types, and the layers of the packages'
 	@echo 'make kernels-check  compile every kernel for each supported GPU and judge the code'
+	@echo 'make ops-table      count the passes of every op anew, for docs/kernels.md'
 	@echo 'make clean          remove .venv, builds and caches'
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -66,7 +67,11 @@ lint: $(INSTALLED)
 	$(VENV)/bin/lint-imports
 
 kernels-check: $(INSTALLED)
-	$(RUN) tools/kernels_check.py
+	$(RUN) -m tools.kernels_check
+
+# Passes and launches are counted in Triton's interpreter; a test tells when this is due.
+ops-table: $(INSTALLED)
+	TRITON_INTERPRET=1 $(RUN) -m tools.ops_table
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

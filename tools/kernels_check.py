@@ -1,11 +1,14 @@
 """Compile every kernel for GPUs that need not be there, and judge the machine code.
 
-Prints a table, and fails on a spilled register, or on a main loop's load that is not 128 bits wide.
+Prints a table, and fails on a spilled register, on a main loop's load that is not 128 bits wide,
+and where registers or spills are not those of kernels_budget.json, which `--update` writes.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import json
 import pkgutil
 import re
 import subprocess
@@ -15,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from unittest import mock
 
 import torch
@@ -24,18 +27,25 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from tools.op_arguments import arguments
 from tritonimplicit_kernels import ops
 from tritonimplicit_kernels import triton as kernels
-from tritonimplicit_kernels.layout import SHAPES, dtype_of
 
 TARGETS = [
     GPUTarget("cuda", 80, 32),
     GPUTarget("cuda", 90, 32),
     GPUTarget("cuda", 100, 32),
+    GPUTarget("cuda", 120, 32),
     GPUTarget("hip", "gfx942", 64),
+    GPUTarget("hip", "gfx1100", 32),
 ]
 DTYPES = [torch.float32, torch.float64]
+BUDGET = Path(__file__).with_name("kernels_budget.json")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+Usage: TypeAlias = dict[str, dict[str, str]]
+"""What a kernel of a dtype uses on a target: usage[target][kernel and dtype]."""
 
 
 @dataclass
@@ -51,6 +61,10 @@ class Report:
     def wide(self) -> int:
         """The number of bulk loads that are 128 bits wide."""
         return sum(width in ("128", "dwordx4", "b128") for width in self.bulk_widths)
+
+    @property
+    def usage(self) -> str:
+        return f"{self.registers} registers, {self.spills} spills"
 
     def faults(self) -> list[str]:
         found = []
@@ -98,18 +112,8 @@ def compiling_only(target: GPUTarget) -> Iterator[dict[str, Any]]:
 
 def launch_all(dtype: torch.dtype) -> None:
     """Call the Triton launcher of every op on small tensors."""
-    sizes = {"2": 2, "B": 2, "ld": 4096, "P": 2}
     for op in ops.SCHEMAS:
-        arguments = getattr(torch.ops.tritonimplicit, op).default._schema.arguments
-        values = [
-            torch.zeros([sizes[size] for size in SHAPES[a.name].split(", ")]).to(
-                dtype_of(a.name, dtype)
-            )
-            if a.name in SHAPES
-            else 100
-            for a in arguments
-        ]
-        getattr(kernels, op)(*values)
+        getattr(kernels, op)(*arguments(op, dtype, batch=2, ld=4096, partials=2).values())
 
 
 def kernel_names() -> set[str]:
@@ -200,14 +204,32 @@ def report(target: GPUTarget, kernel: Any) -> Report:
     return report_cuda(kernel) if target.backend == "cuda" else report_hip(kernel)
 
 
-def main() -> int:
-    if kernels.INTERPRETED:
-        raise SystemExit("this compiles kernels: run it without TRITON_INTERPRET=1")
+def over_budget(used: Usage, budget: Usage) -> list[str]:
+    """Say where what the kernels use is not what the budget has, either way."""
+    version = budget["triton"]["version"]
+    if version != triton.__version__:
+        return [f"{BUDGET.name} is of triton {version}, this is {triton.__version__}"]
+    found = []
+    for target in sorted({*used, *budget} - {"triton"}):
+        now, before = used.get(target, {}), budget.get(target, {})
+        found += [
+            f"{kernel} for {target} has {now.get(kernel, 'gone')}; "
+            f"{BUDGET.name} says {before.get(kernel, 'nothing')}"
+            for kernel in sorted({*now, *before})
+            if now.get(kernel) != before.get(kernel)
+        ]
+    return found
+
+
+def compile_all() -> tuple[Usage, list[str]]:
+    """Compile and print everything; return what the kernels use, and what is wrong with them."""
+    used: Usage = {}
     faults = []
     print(f"{'kernel':22}{'dtype':9}{'target':9}{'registers':>9}{'spills':>8}", end="")
     print(f"{'128-bit bulk loads':>20}{'shared bytes':>14}")
     for target in TARGETS:
         name = target.arch if target.backend == "hip" else f"sm_{target.arch}"
+        used[name] = {}
         for dtype in DTYPES:
             with compiling_only(target) as compiled:
                 launch_all(dtype)
@@ -215,10 +237,26 @@ def main() -> int:
             faults += [f"{kernel} for {name}: no op launches it" for kernel in sorted(missing)]
             for kernel, binary in compiled.items():
                 r = report(target, binary)
+                used[name][f"{kernel.strip('_')} {str(dtype)[6:]}"] = r.usage
                 share = f"{r.wide} of {len(r.bulk_widths)}"
                 row = f"{kernel.strip('_'):22}{str(dtype)[6:]:9}{name:9}{r.registers:>9}"
                 print(f"{row}{r.spills:>8}{share:>20}{r.shared:>14}")
                 faults += [f"{kernel} in {dtype} for {name} {fault}" for fault in r.faults()]
+    return used, faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--update", action="store_true", help=f"write {BUDGET.name} anew")
+    update = parser.parse_args().update
+    if kernels.INTERPRETED:
+        raise SystemExit("this compiles kernels: run it without TRITON_INTERPRET=1")
+    used, faults = compile_all()
+    if update:
+        budget = {"triton": {"version": triton.__version__}} | used
+        BUDGET.write_text(json.dumps(budget, indent=2) + "\n")
+    elif over := over_budget(used, json.loads(BUDGET.read_text())):
+        faults += [*over, "if that is meant: .venv/bin/python -m tools.kernels_check --update"]
     for fault in faults:
         print(fault)
     return 1 if faults else 0

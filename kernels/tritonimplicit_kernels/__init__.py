@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from tritonimplicit_kernels import status
 from tritonimplicit_kernels.backends import BACKENDS, Backend, backend, partial_count
-from tritonimplicit_kernels.ops import cg_dots, cg_step, neumann_step
-from tritonimplicit_kernels.reference import row_dots, row_norms
+from tritonimplicit_kernels.ops import cg_dots, cg_step, neumann_step, pcg_dots, pcg_step
+from tritonimplicit_kernels.reference import row_dots, row_norms, row_weighted_squares
 
 __all__ = [
     "BACKENDS",
@@ -19,7 +19,10 @@ __all__ = [
     "cg_step",
     "neumann_step",
     "partial_count",
+    "pcg_dots",
+    "pcg_step",
     "row_dots",
     "row_norms",
+    "row_weighted_squares",
     "status",
 ]

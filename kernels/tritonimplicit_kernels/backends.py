@@ -50,6 +50,31 @@ class Backend(Protocol):
         """Do `tritonimplicit_kernels.cg_step`, unchecked."""
         ...
 
+    def pcg_dots(self, p: Tensor, ap: Tensor, d: Tensor, state: Tensor, dots: Tensor) -> None:
+        """Do `tritonimplicit_kernels.pcg_dots`, unchecked."""
+        ...
+
+    def pcg_step(
+        self,
+        x: Tensor,
+        r: Tensor,
+        p: Tensor,
+        ap: Tensor,
+        d: Tensor,
+        dots: Tensor,
+        rr: Tensor,
+        rz: Tensor,
+        state: Tensor,
+        threshold: Tensor,
+        maxiter: int,
+        rr_out: Tensor,
+        rz_out: Tensor,
+        state_out: Tensor,
+        residual_sq: Tensor,
+    ) -> None:
+        """Do `tritonimplicit_kernels.pcg_step`, unchecked."""
+        ...
+
     def neumann_step(
         self,
         x: Tensor,

@@ -13,11 +13,11 @@ from torch import Tensor
 MAX_P: Final = 256
 
 _VECTOR_DTYPES = (torch.float32, torch.float64)
-_VECTORS = ("x", "r", "p", "ap", "b", "ax")
+_VECTORS = ("x", "r", "p", "ap", "d", "b", "ax")
 SHAPES: Final = {
     **dict.fromkeys(_VECTORS, "B, ld"),
     "dots": "2, B, P",
-    **dict.fromkeys(("rr", "rr_out"), "B, P"),
+    **dict.fromkeys(("rr", "rr_out", "rz", "rz_out"), "B, P"),
     **dict.fromkeys(("threshold", "limit", "alpha", "residual_sq"), "B"),
     **dict.fromkeys(("state", "state_out"), "2, B"),
 }

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from tritonimplicit_kernels import Backend, row_norms, status
+from tritonimplicit_kernels import Backend, row_norms, row_weighted_squares, status
 
 F64 = torch.float64
 DTYPES = [torch.float32, F64]
@@ -75,13 +75,39 @@ class CG(Step):
     dots: Tensor
 
     def launch(self, backend: Backend) -> None:
-        backend.cg_dots(self.p, self.ap, self.state, self.dots)
+        self.launch_dots(backend)
         self.launch_step(backend)
+
+    def launch_dots(self, backend: Backend) -> None:
+        backend.cg_dots(self.p, self.ap, self.state, self.dots)
 
     def launch_step(self, backend: Backend) -> None:
         backend.cg_step(
             *(self.x, self.r, self.p, self.ap, self.dots, self.rr, self.state, self.threshold),
             *(self.maxiter, self.rr_out, self.state_out, self.residual_sq),
+        )
+
+
+@dataclass
+class PCG(CG):
+    """What both launches of a CG iteration take with a diagonal preconditioner."""
+
+    d: Tensor
+    rz: Tensor
+    rz_out: Tensor
+
+    def launch(self, backend: Backend) -> None:
+        self.launch_dots(backend)
+        self.launch_step(backend)
+
+    def launch_dots(self, backend: Backend) -> None:
+        backend.pcg_dots(self.p, self.ap, self.d, self.state, self.dots)
+
+    def launch_step(self, backend: Backend) -> None:
+        backend.pcg_step(
+            *(self.x, self.r, self.p, self.ap, self.d, self.dots, self.rr, self.rz, self.state),
+            *(self.threshold, self.maxiter, self.rr_out, self.rz_out, self.state_out),
+            self.residual_sq,
         )
 
 
@@ -141,6 +167,14 @@ def cg(batch: int, n: int, dtype: torch.dtype, count: int = 1) -> CG:
     return CG(**_common(x, rr), r=r, p=p, ap=ap, dots=dots)
 
 
+def pcg(batch: int, n: int, dtype: torch.dtype, count: int = 1) -> PCG:
+    """Return an iteration amid the same solve with a diagonal preconditioner."""
+    step = cg(batch, n, dtype, count)
+    d = torch.linspace(1, 0.5, step.x.shape[1], dtype=dtype).repeat(batch, 1)
+    rz = partials((d.double() * step.r.double().square()).sum(1), count)
+    return PCG(**vars(step), d=d, rz=rz, rz_out=torch.full_like(rz, torch.nan))
+
+
 def neumann(batch: int, n: int, dtype: torch.dtype, count: int = 1) -> Neumann:
     """Return an iteration amid a solve; as in one, `rr` is not of the residual b - ax."""
     x, ax, b = (randn(batch, n, dtype, seed) for seed in range(3))
@@ -174,22 +208,30 @@ def _units(dtype: torch.dtype, n: int) -> float:
 def cg_oracle(step: CG) -> dict[str, Close]:
     """Do the textbook's iteration in float64: Hestenes and Stiefel, with the beta it implies."""
     x, r, p, ap = (v.double() for v in (step.x, step.r, step.p, step.ap))
-    rr = step.rr.sum(1, keepdim=True)
-    pap, apap = (p * ap).sum(1, keepdim=True), (ap * ap).sum(1, keepdim=True)
-    alpha = rr / pap
-    predicted = alpha**2 * apap
-    beta = (predicted - rr).clamp_min(0) / rr
+    d = step.d.double() if isinstance(step, PCG) else torch.ones_like(r)
+    rz = (step.rz if isinstance(step, PCG) else step.rr).sum(1, keepdim=True)
+    pap, apmap = (p * ap).sum(1, keepdim=True), (d * ap * ap).sum(1, keepdim=True)
+    alpha = rz / pap
+    predicted = alpha**2 * apmap
+    beta = (predicted - rz).clamp_min(0) / rz
     new_r = r - alpha * ap
     unit = _units(step.x.dtype, step.x.shape[1])
     r_bound = 2 * unit * (r.abs() + (alpha * ap).abs())
-    squares = (new_r * new_r).sum(1)
+    z_bound = d * r_bound + 2 * unit * (d * new_r).abs()
+    sums = {"rr_out": new_r**2, "rz_out": d * new_r**2}
+    bounds = {
+        "rr_out": 2 * new_r.abs() * r_bound + r_bound**2,
+        "rz_out": d * (2 * new_r.abs() * r_bound + r_bound**2),
+    }
     return {
         "x": Close(x + alpha * p, 2 * unit * (x.abs() + (alpha * p).abs())),
         "r": Close(new_r, r_bound),
-        "p": Close(
-            new_r + beta * p, r_bound + 2 * unit * (new_r.abs() + (predicted / rr + 1) * p.abs())
-        ),
-        "rr_out": Close(squares, (2 * new_r.abs() * r_bound + r_bound**2).sum(1) + unit * squares),
+        "p": Close(d * new_r + beta * p, z_bound + 2 * unit * (predicted / rz + 1) * p.abs()),
+        **{
+            name: Close(value.sum(1), bounds[name].sum(1) + unit * value.sum(1))
+            for name, value in sums.items()
+            if hasattr(step, name)
+        },
     }
 
 
@@ -206,17 +248,30 @@ def neumann_oracle(step: Neumann) -> dict[str, Close]:
     }
 
 
-def solve_cg(target: Target, diagonal: Tensor, b: Tensor, rtol: float, maxiter: int) -> Step:
-    """Solve diag(diagonal) x = b from x = 0, and return the last step's arguments."""
+def solve_cg(
+    target: Target,
+    diagonal: Tensor,
+    b: Tensor,
+    rtol: float,
+    maxiter: int,
+    d: Tensor | None = None,
+) -> Step:
+    """Solve diag(diagonal) x = b from x = 0, and return the last step's arguments.
+
+    With `d` (B, ld), preconditioned by diag(d).
+    """
     count = target.backend.partial_count(b.shape[1])
     rr = partials(row_norms(b).square(), count)
     step = CG(
         **_common(torch.zeros_like(b), rr),
         r=b,
-        p=b,
+        p=b if d is None else d * b,
         ap=b,
         dots=torch.zeros(2, *rr.shape, dtype=F64),
     )
+    if d is not None:
+        rz = partials(row_weighted_squares(b, d), count)
+        step = PCG(**vars(step), d=d, rz=rz, rz_out=torch.full_like(rz, torch.nan))
     step.threshold, step.maxiter = rtol**2 * rr.sum(1), maxiter
     step.state[1] = 0
     step, diagonal = step.to(target.device), diagonal.to(target.device)
@@ -256,6 +311,8 @@ def _iterate(target: Target, step: AnyStep, matvec: Callable[[AnyStep], None]) -
         step.launch(target.backend)
         step.rr, step.rr_out = step.rr_out, step.rr
         step.state, step.state_out = step.state_out, step.state
+        if isinstance(step, PCG):
+            step.rz, step.rz_out = step.rz_out, step.rz
         if (step.state[0] >= 0).all():
             return step.to("cpu")
     raise AssertionError("a system still runs after maxiter iterations")

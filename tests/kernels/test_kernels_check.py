@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
@@ -16,11 +18,10 @@ from tritonimplicit_kernels.triton import INTERPRETED  # noqa: E402
 pytestmark = pytest.mark.skipif(
     INTERPRETED, reason="compiles, which the interpreter's process can't"
 )
-# One of each assembly; the tool itself goes through all.
 # One of each assembly; the tool itself goes through all. With these options few registers are left.
-CUDA, HIP = check.TARGETS[1], check.TARGETS[3]
-FEW_REGISTERS = {CUDA: {"maxnreg": 24}, HIP: {"waves_per_eu": 8}}
-TARGETS = pytest.mark.parametrize("target", [CUDA, HIP], ids=["cuda", "hip"])
+CUDA, CDNA, RDNA = check.TARGETS[1], check.TARGETS[4], check.TARGETS[5]
+FEW_REGISTERS = {CUDA: {"maxnreg": 24}, CDNA: {"waves_per_eu": 8}, RDNA: {"waves_per_eu": 16}}
+TARGETS = pytest.mark.parametrize("target", [CUDA, CDNA, RDNA], ids=["cuda", "cdna", "rdna"])
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -76,4 +77,47 @@ def test_a_kernel_without_a_loop_is_found(target: Any) -> None:
 
 
 def test_all_kernels_are_known() -> None:
-    assert check.kernel_names() == {"_cg_dots_kernel", "_cg_step_kernel", "_neumann_step_kernel"}
+    assert check.kernel_names() == {f"_{op}_kernel" for op in check.ops.SCHEMAS}
+
+
+USED = {"sm_90": {"a_kernel float32": "64 registers, 0 spills"}}
+BUDGET = {"triton": {"version": triton.__version__}, **USED}
+
+
+def test_what_the_budget_says_passes() -> None:
+    assert check.over_budget(USED, BUDGET) == []
+
+
+@pytest.mark.parametrize(
+    ("used", "budget", "message"),
+    [
+        ({"a_kernel float32": "66 registers, 0 spills"}, {}, "has 66 registers, 0 spills; .* 64"),
+        ({"a_kernel float32": "62 registers, 0 spills"}, {}, "has 62 registers, 0 spills; .* 64"),
+        ({"b_kernel float32": "8 registers, 0 spills"}, {}, "b_kernel .* says nothing"),
+        ({}, {"gone_kernel float32": "8 registers, 0 spills"}, "gone_kernel .* has gone"),
+    ],
+)
+def test_what_the_budget_does_not_say_is_found(used: Any, budget: Any, message: str) -> None:
+    now = {"sm_90": USED["sm_90"] | used}
+    allowed = {**BUDGET, "sm_90": USED["sm_90"] | budget}
+    (found,) = check.over_budget(now, allowed)
+    assert re.search(message, found)
+
+
+def test_a_target_without_a_budget_is_found() -> None:
+    assert len(check.over_budget({**USED, "sm_80": USED["sm_90"]}, BUDGET)) == 1
+
+
+def test_a_budget_of_another_triton_is_found() -> None:
+    (found,) = check.over_budget(USED, {**BUDGET, "triton": {"version": "1.0"}})
+    assert "of triton 1.0" in found
+
+
+def test_the_budget_names_every_kernel_on_every_target() -> None:
+    budget = json.loads(check.BUDGET.read_text())
+    del budget["triton"]
+    kernels = {
+        f"{op}_kernel {dtype}" for op in check.ops.SCHEMAS for dtype in ("float32", "float64")
+    }
+    assert len(budget) == len(check.TARGETS)
+    assert all(set(of_target) == kernels for of_target in budget.values())

@@ -11,21 +11,25 @@ import torch
 from torch import Tensor
 
 import tritonimplicit_kernels as kernels
-from tests.kernels.problems import DTYPES, F64, Step, cg, neumann
+from tests.kernels.problems import DTYPES, F64, Step, cg, neumann, pcg
 
 CG_STEP = ("x", "r", "p", "ap", "dots", "rr", "state", "threshold", "maxiter")
+PCG_STEP = ("x", "r", "p", "ap", "d", "dots", "rr", "rz", "state", "threshold", "maxiter")
 NEUMANN_STEP = ("x", "ax", "b", "alpha", "rr", "state", "threshold", "limit", "maxiter")
 OUTPUTS = ("rr_out", "state_out", "residual_sq")
 ARGUMENTS = {
     "cg_dots": ("p", "ap", "state", "dots"),
     "cg_step": CG_STEP + OUTPUTS,
+    "pcg_dots": ("p", "ap", "d", "state", "dots"),
+    "pcg_step": (*PCG_STEP, "rr_out", "rz_out", "state_out", "residual_sq"),
     "neumann_step": NEUMANN_STEP + OUTPUTS,
 }
 
 
 def arguments(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    step: Step = neumann(3, 40, dtype, 2) if op == "neumann_step" else cg(3, 40, dtype, 2)
-    if op == "cg_step":
+    make = {"cg": cg, "pcg": pcg, "neumann": neumann}[op.split("_")[0]]
+    step: Step = make(3, 40, dtype, 2)
+    if op in ("cg_step", "pcg_step"):
         step.dots[:] = 1.0
     return {name: getattr(step, name) for name in ARGUMENTS[op]}
 
@@ -92,6 +96,14 @@ def test_every_wrong_argument_is_named(op: str) -> None:
 def test_a_wrong_argument_gets_a_sentence(change: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         kernels.cg_step(**change(arguments("cg_step")))
+
+
+def test_what_a_preconditioner_adds_is_checked_too() -> None:
+    given = arguments("pcg_step")
+    with pytest.raises(ValueError, match="rz_out must have memory of its own"):
+        kernels.pcg_step(**given | {"rz_out": given["rz"]})
+    with pytest.raises(ValueError, match="d must start at a multiple of 16 bytes"):
+        kernels.pcg_step(**given | {"d": torch.ones(3 * 48 + 1)[1:].view(3, 48)})
 
 
 def test_backends_are_picked_and_refused() -> None:

@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels.problems import DTYPES, F64, Step, Target, cg, cg_oracle, neumann, randn
-from tritonimplicit_kernels import backend, partial_count, reference, row_dots, row_norms, status
+from tests.kernels.problems import DTYPES, F64, Step, Target, cg, cg_oracle, neumann, pcg, randn
+from tritonimplicit_kernels import (
+    backend,
+    partial_count,
+    reference,
+    row_dots,
+    row_norms,
+    row_weighted_squares,
+    status,
+)
 from tritonimplicit_kernels.reference.tiles import TILE
 
 TARGET = Target(reference, "cpu")
@@ -29,14 +37,14 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def bits_equal(one: Step, other: Step) -> bool:
-    results = ("x", "r", "p", "dots", "rr_out", "state_out", "residual_sq")
+    results = ("x", "r", "p", "dots", "rr_out", "rz_out", "state_out", "residual_sq")
     pairs = [(getattr(one, name), getattr(other, name)) for name in results if hasattr(one, name)]
     return all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", LENGTHS)
-@pytest.mark.parametrize("make", [cg, neumann])
+@pytest.mark.parametrize("make", [cg, pcg, neumann])
 def test_a_system_is_the_same_alone_and_in_a_batch(
     make: type, n: int, dtype: torch.dtype, threads: int
 ) -> None:
@@ -56,7 +64,7 @@ def test_threads_do_not_change_the_bits_of_short_rows() -> None:
     done = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        done.append([TARGET.run(make(600, 2048, torch.float32)) for make in (cg, neumann)])
+        done.append([TARGET.run(make(600, 2048, torch.float32)) for make in (cg, pcg, neumann)])
     torch.set_num_threads(before)
     for other in done[1:]:
         assert all(bits_equal(a, b) for a, b in zip(done[0], other, strict=True))
@@ -83,7 +91,7 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("frozen", [[], [0, 2]])
-@pytest.mark.parametrize("make", [cg, neumann])
+@pytest.mark.parametrize("make", [cg, pcg, neumann])
 def test_what_a_step_allocates_is_tiles(make: type, frozen: list[int], threads: int) -> None:
     step = make(5, 2**19, torch.float32)
     step.state[0, frozen] = status.CONVERGED
@@ -133,13 +141,25 @@ def test_row_dots_hold_for_all_finite_float32_numbers() -> None:
     assert row_dots(a[:0], b[:0]).shape == (0,)
 
 
+@pytest.mark.parametrize("n", LENGTHS)
+def test_row_weighted_squares_are_the_exact_sums_rounded(n: int) -> None:
+    v, weights = (randn(5, n, torch.float32, seed) for seed in (3, 4))
+    sums = row_weighted_squares(v, weights)
+    terms = v.double().square() * weights.double()  # the square is exact, the product rounded
+    exact = torch.tensor([math.fsum(row) for row in terms.tolist()], dtype=F64)
+    bound = n**0.5 * torch.finfo(F64).eps * terms.abs().sum(1)
+    assert ((sums - exact).abs() <= bound).all()
+    assert torch.equal(row_weighted_squares(v[3:4], weights[3:4]), sums[3:4])
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("make", [cg, pcg])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_reference_runs_on_a_gpu(dtype: torch.dtype) -> None:
-    step = cg(3, 1000, dtype)
+def test_the_reference_runs_on_a_gpu(make: type, dtype: torch.dtype) -> None:
+    step = make(3, 1000, dtype)
     done = Target(reference, "cuda").run(step)
     for name, close in cg_oracle(step).items():
-        close.check(done.rr_out.sum(1) if name == "rr_out" else getattr(done, name))
+        close.check(getattr(done, name).sum(1) if "_out" in name else getattr(done, name))
     norms = row_norms(step.r.to("cuda")).cpu()
     torch.testing.assert_close(norms, row_norms(step.r), rtol=1000**0.5 * 2.0**-52, atol=0)
     dots = row_dots(step.r.to("cuda"), step.p.to("cuda")).cpu()

@@ -7,15 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.problems import CG, DTYPES, F64, Step, Target, cg, neumann
-from tests.kernels.test_steps import CG_CASES, cg_cases, same
+from tests.kernels.problems import CG, DTYPES, F64, PCG, Step, Target, cg, neumann, pcg
+from tests.kernels.test_steps import CG_CASES, PCG_CASES, cg_cases, pcg_cases, same
 from tritonimplicit_kernels import reference, status
 from tritonimplicit_kernels.reference import plain
 from tritonimplicit_kernels.reference.common import all_advance_cg
 from tritonimplicit_kernels.reference.rules import decide_cg
 from tritonimplicit_kernels.reference.tiles import TILE
 
-RESULTS = ("x", "r", "p", "dots", "rr_out", "state_out", "residual_sq")
+RESULTS = ("x", "r", "p", "dots", "rr_out", "rz_out", "state_out", "residual_sq")
 # One chunk, several with a tail, rows of which two fit in no tile, a row of two tiles.
 LENGTHS = [48, 5000, TILE // 2 + 16, TILE + 5008]
 
@@ -30,7 +30,7 @@ def assert_the_plain_forms_bits(step: Step) -> None:
 
 
 @settings(deadline=None)
-@given(data=st.data(), batch=st.sampled_from([1, 2, 7]), make=st.sampled_from([cg, neumann]))
+@given(data=st.data(), batch=st.sampled_from([1, 2, 7]), make=st.sampled_from([cg, pcg, neumann]))
 def test_any_state_gives_the_plain_forms_bits(data: st.DataObject, batch: int, make: type) -> None:
     step: Step = make(batch, data.draw(st.sampled_from(LENGTHS[:2])), torch.float32, 3)
     draw_state(step, data)
@@ -46,6 +46,9 @@ def draw_state(step: Step, data: st.DataObject) -> None:
         for vector in vectors:
             vector[row] *= scale
         step.rr[row] *= scale**2
+        if isinstance(step, PCG):
+            step.rz[row] *= data.draw(st.sampled_from([scale**2, 0.0, -1.0, torch.nan, torch.inf]))
+            step.d[row, 5] = data.draw(st.sampled_from([1.0, -1e9, 0.0, torch.nan, torch.inf]))
         step.state[0, row] = data.draw(st.sampled_from([-3, -2, -2, -2, -1, 0, 6]))
         step.state[1, row] = data.draw(st.sampled_from([0, 999, 1000]))
         step.threshold[row] = data.draw(st.sampled_from([0, 0, 1e-3, 1e70]))
@@ -58,7 +61,7 @@ def draw_state(step: Step, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", LENGTHS)
-@pytest.mark.parametrize("make", [cg, neumann])
+@pytest.mark.parametrize("make", [cg, pcg, neumann])
 def test_tiles_and_scattered_rows_give_the_plain_forms_bits(
     make: type, n: int, dtype: torch.dtype
 ) -> None:
@@ -69,30 +72,35 @@ def test_tiles_and_scattered_rows_give_the_plain_forms_bits(
     assert_the_plain_forms_bits(step)
 
 
-def steady(dtype: torch.dtype) -> CG:
+def steady(step: CG, cases: dict[str, int]) -> CG:
     """Return every case of a CG step, with the running systems past their first iteration."""
-    step = cg_cases(dtype)
     step.state[0].masked_fill_(step.state[0] == status.RUNNING, status.RUNNING_POSITIVE)
-    step.state[0, list(CG_CASES).index("advances with a negative matrix")] = status.RUNNING_NEGATIVE
-    reference.cg_dots(step.p, step.ap, step.state, step.dots)
+    step.state[0, list(cases).index("advances with a negative matrix")] = status.RUNNING_NEGATIVE
+    step.launch_dots(reference)
     return step
 
 
 def decide(rule: object, step: CG) -> tuple[torch.Tensor, ...] | None:
     return rule(  # type: ignore[operator]
-        *(step.dots, step.rr, step.state, step.threshold, step.maxiter),
+        *(step.dots, step.rr, step.rz if isinstance(step, PCG) else step.rr),
+        *(step.state, step.threshold, step.maxiter),
         *(step.state_out, step.residual_sq, step.x.dtype),
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CG_CASES)
-@pytest.mark.parametrize("beside", [[], [0], [1]])
+@pytest.mark.parametrize("case", PCG_CASES)
+@pytest.mark.parametrize("beside", [[], ["advances"], ["advances with a negative matrix"]])
 def test_the_common_case_is_seen_where_the_rules_see_it(
-    case: str, beside: list[int], dtype: torch.dtype
+    case: str, beside: list[str], dtype: torch.dtype
 ) -> None:
-    at = list(CG_CASES).index(case)
-    step = steady(dtype).select([at, *beside])
+    check_the_common_case(steady(pcg_cases(dtype), PCG_CASES), case, PCG_CASES, beside)
+    if case in CG_CASES:
+        check_the_common_case(steady(cg_cases(dtype), CG_CASES), case, CG_CASES, beside)
+
+
+def check_the_common_case(step: CG, case: str, cases: dict[str, int], beside: list[str]) -> None:
+    step, dtype = step.select([list(cases).index(name) for name in [case, *beside]]), step.x.dtype
     common, ruled = step.to("cpu"), step.to("cpu")
     scales = decide(all_advance_cg, common)
     advances, *expected = decide(decide_cg, ruled)
@@ -109,7 +117,7 @@ def test_the_common_case_is_seen_where_the_rules_see_it(
         assert torch.equal(ours.expand_as(theirs), theirs)
 
 
-@pytest.mark.parametrize("make", [cg, neumann])
+@pytest.mark.parametrize("make", [cg, pcg, neumann])
 def test_off_the_cpu_nothing_is_read_by_the_host(make: type) -> None:
     step = make(3, 5000, torch.float32).to("meta")  # has no numbers: to read one is an error
     step.launch(reference)

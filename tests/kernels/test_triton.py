@@ -10,7 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.problems import CG, DTYPES, F64, Step, Target, cg, neumann, randn, solve_cg
+from tests.kernels.problems import (
+    CG,
+    DTYPES,
+    F64,
+    PCG,
+    Step,
+    Target,
+    cg,
+    neumann,
+    pcg,
+    randn,
+    solve_cg,
+)
 from tritonimplicit_kernels import backend, reference
 
 triton = pytest.importorskip("triton", reason="triton is a dependency on Linux only")
@@ -42,7 +54,7 @@ def shuffled_programs(seed: int) -> Iterator[None]:
 
 
 def results(step: Step) -> dict[str, Tensor]:
-    names = ("x", "r", "p", "dots", "rr_out", "state_out", "residual_sq")
+    names = ("x", "r", "p", "dots", "rr_out", "rz_out", "state_out", "residual_sq")
     return {name: getattr(step, name) for name in names if hasattr(step, name)}
 
 
@@ -53,37 +65,40 @@ def assert_same_bits(one: Step, other: Step) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "n"), [(3, 17), (1, 4099)])
-@pytest.mark.parametrize("make", [cg, neumann])
+@pytest.mark.parametrize("make", [cg, pcg, neumann])
 def test_given_the_same_dots_the_vectors_are_the_references(
     triton_target: Target, make: type, batch: int, n: int, dtype: torch.dtype
 ) -> None:
     step = make(batch, n, dtype)
     if isinstance(step, CG):  # sums are added in another order: take the reference's
-        reference.cg_dots(step.p, step.ap, step.state, step.dots)
+        step.launch_dots(reference)
     expected, done = step.to("cpu"), step.to(triton_target.device)
     for each, run in ((expected, reference), (done, triton_target.backend)):
         each.launch_step(run) if isinstance(each, CG) else each.launch(run)
     done = done.to("cpu")
     torch.testing.assert_close(done.rr_out, expected.rr_out, rtol=n * 2.0**-52, atol=0)
     done.rr_out = expected.rr_out
+    if isinstance(done, PCG):
+        torch.testing.assert_close(done.rz_out, expected.rz_out, rtol=n * 2.0**-52, atol=0)
+        done.rz_out = expected.rz_out
     assert_same_bits(done, expected)
 
 
-@pytest.mark.parametrize("make", [cg, neumann])
+@pytest.mark.parametrize("make", [cg, pcg, neumann])
 def test_a_system_is_the_same_alone_and_in_a_batch(triton_target: Target, make: type) -> None:
     step = make(3, 2500, torch.float32, 2)
     together = triton_target.run(step)
     assert_same_bits(triton_target.run(step.select([1])), together.select([1]))
 
 
-@pytest.mark.parametrize("make", [cg, neumann])
+@pytest.mark.parametrize("make", [cg, pcg, neumann])
 def test_a_step_repeats_its_bits(triton_target: Target, make: type) -> None:
     step = make(3, 2500, torch.float32, 2)
     assert_same_bits(triton_target.run(step), triton_target.run(step))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("make", [cg, neumann])
+@pytest.mark.parametrize("make", [cg, pcg, neumann])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_long_row_beside_the_reference(make: type, dtype: torch.dtype) -> None:
     """Every chunk has several blocks; too long for the interpreter."""
@@ -92,7 +107,7 @@ def test_a_long_row_beside_the_reference(make: type, dtype: torch.dtype) -> None
     expected, done = Target(reference, "cpu").run(step), target.run(step)
     unit = 4 * torch.finfo(dtype).eps + 4 * step.x.shape[1] ** 0.5 * torch.finfo(F64).eps
     for name, value in results(expected).items():
-        if name in ("dots", "rr_out"):
+        if name in ("dots", "rr_out", "rz_out"):
             sums = getattr(done, name).sum(-1)
             torch.testing.assert_close(sums, value.sum(-1), rtol=unit, atol=0)
         elif value.is_floating_point():
@@ -105,14 +120,16 @@ def test_a_long_row_beside_the_reference(make: type, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("seed", range(2))
 def test_the_order_of_programs_does_not_matter(seed: int) -> None:
     target = Target(backend("triton", "cpu", torch.float32), "cpu")
-    for step in (cg(2, 6000, torch.float32, 3), neumann(2, 6000, torch.float32, 3)):
+    for make in (cg, pcg, neumann):
+        step = make(2, 6000, torch.float32, 3)
         with shuffled_programs(seed):
             shuffled = target.run(step)
         assert_same_bits(shuffled, target.run(step))
     b, diagonal = randn(2, 2100, F64, seed=1), torch.linspace(1, 3, 2112, dtype=F64).repeat(2, 1)
-    with shuffled_programs(seed):
-        shuffled = solve_cg(target, diagonal, b, rtol=1e-2, maxiter=10)
-    assert_same_bits(shuffled, solve_cg(target, diagonal, b, rtol=1e-2, maxiter=10))
+    for d in (None, 1 / diagonal.sqrt()):
+        with shuffled_programs(seed):
+            shuffled = solve_cg(target, diagonal, b, rtol=1e-2, maxiter=10, d=d)
+        assert_same_bits(shuffled, solve_cg(target, diagonal, b, rtol=1e-2, maxiter=10, d=d))
 
 
 @triton.jit

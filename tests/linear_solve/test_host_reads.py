@@ -13,6 +13,7 @@ from tritonimplicit.linear_solve import (
     MINRES,
     BiCGSTAB,
     FusedSolver,
+    Jacobi,
     Neumann,
     NormalCG,
 )
@@ -26,6 +27,7 @@ SOLVERS = {
     "bicgstab": BiCGSTAB(rtol=1e-8),
     "minres": MINRES(rtol=1e-8),
 }
+JACOBI = CG(rtol=1e-8, M=Jacobi())
 every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 FUSED = {name: solver for name, solver in SOLVERS.items() if isinstance(solver, FusedSolver)}
 every_fused_solver = pytest.mark.parametrize("solver", FUSED.values(), ids=FUSED)
@@ -70,7 +72,7 @@ def test_reads_of_a_solve_that_its_limit_ends(solver, check_every):
     assert reads.count <= math.ceil(8 / check_every) + 2
 
 
-@every_solver
+@pytest.mark.parametrize("solver", [*SOLVERS.values(), JACOBI], ids=[*SOLVERS, "cg with jacobi"])
 def test_a_blind_solve_reads_nothing(solver):
     blind = dataclasses.replace(solver, batch_ndim=1, check_every=0, on_failure="ignore")
     matvec, b = problem()

@@ -6,16 +6,20 @@ import pytest
 import torch
 
 import tritonimplicit as ti
-from tritonimplicit.linear_solve import CG, Neumann, NormalCG
+from tritonimplicit.linear_solve import CG, Jacobi, Neumann, NormalCG
 
 SOLVERS = [
     CG(rtol=1e-6, maxiter=60, batch_ndim=1),
+    CG(rtol=1e-6, maxiter=60, batch_ndim=1, M=Jacobi(2)),
     NormalCG(rtol=1e-6, maxiter=200, batch_ndim=1),
+    NormalCG(rtol=1e-6, maxiter=200, batch_ndim=1, M=Jacobi(2)),
     Neumann(rtol=1e-6, maxiter=200, batch_ndim=1),
 ]
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "solver", SOLVERS, ids=["cg", "cg-jacobi", "normal_cg", "normal_cg-jacobi", "neumann"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_batched_pytree_is_solved_as_by_the_reference(solver, dtype, device):
     torch.manual_seed(0)

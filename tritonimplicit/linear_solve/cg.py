@@ -13,8 +13,8 @@ from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linear_solve.base import build
 from tritonimplicit.linear_solve.iterative import FusedSolver
 from tritonimplicit.linear_solve.loop import Recurrence, solve_and_verify
-from tritonimplicit.linear_solve.preconditioned_cg import PreconditionedCG
-from tritonimplicit.linear_solve.preconditioners import row_preconditioner
+from tritonimplicit.linear_solve.preconditioned_cg import DiagonalCG, PreconditionedCG
+from tritonimplicit.linear_solve.preconditioners import Diagonal, row_preconditioner
 from tritonimplicit.linear_solve.progress import Progress
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit.operators import Matvec
@@ -26,8 +26,9 @@ class CG(FusedSolver):
     """Conjugate gradient, for A symmetric and definite; (A + ridge I) x = b.
 
     The predict-and-recompute form (Chen and Carson, "Predict-and-recompute conjugate gradient
-    variants", SIAM J. Sci. Comput. 42, 2020): two launches and one matvec an iteration. With a
-    preconditioner `M`, which must be symmetric and definite, the textbook's form in plain torch.
+    variants", SIAM J. Sci. Comput. 42, 2020): two launches and one matvec an iteration, with
+    `M=Jacobi()` too. With any other preconditioner `M`, which must be symmetric and definite, the
+    textbook's form in plain torch.
     """
 
     symmetric: ClassVar[bool] = True
@@ -42,6 +43,8 @@ def conjugate_gradient(solver: FusedSolver, apply: RowMatvec, b: Tensor) -> RowS
     precondition = row_preconditioner(solver.M, apply)
     if precondition is None:
         return solve_and_verify(solver, _ConjugateGradient(solver, apply, b))
+    if isinstance(precondition, Diagonal):
+        return solve_and_verify(solver, DiagonalCG(solver, apply, b, precondition))
     return solve_and_verify(solver, PreconditionedCG(solver, apply, b, precondition))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from tritonimplicit_kernels.reference.cg import cg_dots, cg_step
-from tritonimplicit_kernels.reference.dots import row_dots, row_norms
+from tritonimplicit_kernels.reference.dots import row_dots, row_norms, row_weighted_squares
 from tritonimplicit_kernels.reference.neumann import neumann_step
+from tritonimplicit_kernels.reference.pcg import pcg_dots, pcg_step
 
 __all__ = [
     "cg_dots",
@@ -14,8 +15,11 @@ __all__ = [
     "name",
     "neumann_step",
     "partial_count",
+    "pcg_dots",
+    "pcg_step",
     "row_dots",
     "row_norms",
+    "row_weighted_squares",
 ]
 
 name: Final = "reference"

@@ -56,7 +56,7 @@ def cg_step(
             *(x, r, p, ap, dots, rr, state, threshold),
             *(maxiter, rr_out, state_out, residual_sq),
         )
-    decision = dots, rr, state, threshold, maxiter, state_out, residual_sq, x.dtype
+    decision = dots, rr, rr, state, threshold, maxiter, state_out, residual_sq, x.dtype
     rr_out.zero_()
     advances, scales = None, all_advance_cg(*decision)
     if scales is None:

@@ -21,6 +21,7 @@ _ONE_ITERATION: Final = torch.tensor([[0], [1]], dtype=torch.int32, device="cpu"
 def all_advance_cg(
     dots: Tensor,
     rr: Tensor,
+    rz: Tensor,
     state: Tensor,
     threshold: Tensor,
     maxiter: int,
@@ -34,7 +35,7 @@ def all_advance_cg(
     batch with the same sign of p.Ap.
     """
     decide = _one if state.shape[1] == 1 else _many
-    scales = decide(dots, rr, state, threshold, maxiter, dtype)
+    scales = decide(dots, rr, rz, state, threshold, maxiter, dtype)
     if scales is not None:
         torch.sum(rr, -1, out=residual_sq)
         torch.add(state, _ONE_ITERATION, out=state_out)
@@ -42,28 +43,42 @@ def all_advance_cg(
 
 
 def _one(
-    dots: Tensor, rr: Tensor, state: Tensor, threshold: Tensor, maxiter: int, dtype: torch.dtype
+    dots: Tensor,
+    rr: Tensor,
+    rz: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    maxiter: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | float, Tensor | float] | None:
     """Decide for a single system, in Python's floats."""
     (seen,), (iterations,) = state.tolist()
-    (residual,), ((pap,), (apap,)) = rr.sum(-1).tolist(), dots.sum(-1).tolist()
+    (residual,), ((pap,), (apmap,)) = rr.sum(-1).tolist(), dots.sum(-1).tolist()
+    (energy,) = (residual,) if rz is rr else rz.sum(-1).tolist()
     (tolerance,) = threshold.tolist()
     eps = torch.finfo(dtype).eps
     advances = (
         seen == (status.RUNNING_POSITIVE if pap > 0 else status.RUNNING_NEGATIVE)
         and iterations < maxiter
         and tolerance < residual < math.inf
-        and apap < math.inf
-        and math.sqrt(residual) * math.sqrt(apap) * eps < abs(pap) < math.inf
+        and 0 < energy < math.inf
+        and 0 <= apmap < math.inf
+        and math.sqrt(energy) * math.sqrt(apmap) * eps < abs(pap) < math.inf
     )
     if not advances:
         return None
-    alpha = residual / pap
-    return alpha, max(alpha * alpha * apap - residual, 0.0) / residual
+    alpha = energy / pap
+    return alpha, max(alpha * alpha * apmap - energy, 0.0) / energy
 
 
 def _many(
-    dots: Tensor, rr: Tensor, state: Tensor, threshold: Tensor, maxiter: int, dtype: torch.dtype
+    dots: Tensor,
+    rr: Tensor,
+    rz: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    maxiter: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | float, Tensor | float] | None:
     """Decide for a batch, by the three comparisons that all of it has to pass."""
     if state.shape[1] == 0:
@@ -71,11 +86,14 @@ def _many(
     (lowest, _), (highest, iterations) = state.amin(1).tolist(), state.amax(1).tolist()
     if not lowest == highest < status.RUNNING or iterations >= maxiter:
         return None
-    rr_b, (pap, apap) = rr.sum(-1), dots.sum(-1)  # (B,) each
+    rr_b, (pap, apmap) = rr.sum(-1), dots.sum(-1)  # (B,) each
+    rz_b = rr_b if rz is rr else rz.sum(-1)
     size = pap if highest == status.RUNNING_POSITIVE else -pap
     advances = (
         (rr_b > threshold)
-        & (size > rr_b.sqrt() * apap.sqrt() * torch.finfo(dtype).eps)
-        & (rr_b + apap + size < torch.inf)
+        & (size > rz_b.sqrt() * apmap.sqrt() * torch.finfo(dtype).eps)
+        & (rr_b + apmap + size < torch.inf)
     )
-    return cg_scales(rr_b, pap, apap, dtype) if all(advances.tolist()) else None
+    if rz is not rr:
+        advances &= (rz_b > 0) & (rz_b < torch.inf)
+    return cg_scales(rz_b, pap, apmap, dtype) if all(advances.tolist()) else None

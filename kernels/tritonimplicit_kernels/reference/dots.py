@@ -66,6 +66,15 @@ def squares(a: Tensor) -> Tensor:
     return products(a, a, a)
 
 
+def weighted_squares(a: Tensor, weights: Tensor, room: Tensor) -> Tensor:
+    """Return the sum of weights a^2 of each row of a widened tile as (R,).
+
+    `weights` is a tile of the vectors' dtype; `room` is for two, and `a` may lie in the second.
+    """
+    square = torch.mul(a, a, out=room[1])
+    return products(widen(weights, room[0]), square, room[0])
+
+
 def row_sums(tiles: Iterable[Tensor]) -> Tensor:
     """Add up the sums (R,) of rows that come in tiles along their columns: (R,)."""
     sums = list(tiles)
@@ -90,6 +99,16 @@ def row_squares(v: Tensor) -> Tensor:
     return _by_tile(lambda tile: squares(widen(tile, scratch(tile)[0])), v)
 
 
+def row_weighted_squares(v: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum of weights v^2 of each row of `v` and `weights` (B, ld) as (B,) float64.
+
+    Multiplied and added in float64, as `row_dots` does.
+    """
+    if v.device.type != "cpu":
+        return (weights.double() * v.double().square()).sum(1)
+    return _by_tile(_weighted_squares, v, weights)
+
+
 def row_norms(v: Tensor) -> Tensor:
     """Return the Euclidean norm of each row of `v` (B, ld) as (B,) float64.
 
@@ -101,6 +120,11 @@ def row_norms(v: Tensor) -> Tensor:
 def _dots(a: Tensor, b: Tensor) -> Tensor:
     room = scratch(a, 2)
     return products(widen(a, room[0]), widen(b, room[1]), room[0])
+
+
+def _weighted_squares(v: Tensor, weights: Tensor) -> Tensor:
+    room = scratch(v, 2)
+    return weighted_squares(widen(v, room[1]), weights, room)
 
 
 def _by_tile(sums: Callable[..., Tensor], *vectors: Tensor) -> Tensor:

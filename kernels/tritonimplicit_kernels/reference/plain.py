@@ -1,7 +1,7 @@
 """Every op on whole vectors, masked by `torch.where`: for devices other than the CPU.
 
 Nothing is read by the host, whatever becomes of the systems. It is also the readable form of what
-`cg` and `neumann` do a tile at a time, which have to write the same bits.
+`cg`, `pcg` and `neumann` do a tile at a time, which have to write the same bits.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonimplicit_kernels.reference.dots import row_dots, row_squares
+from tritonimplicit_kernels.reference.dots import row_dots, row_squares, row_weighted_squares
 from tritonimplicit_kernels.reference.rules import decide_cg, decide_neumann
 
 
 def cg_dots(p: Tensor, ap: Tensor, state: Tensor, dots: Tensor) -> None:
     """Write p.Ap and Ap.Ap of each running system into `dots`, and zero for a frozen one."""
-    sums = torch.stack([row_dots(p, ap), row_squares(ap)])
-    dots.zero_()
-    dots[:, :, 0] = torch.where(state[0] < 0, sums, 0.0)
+    _write_sums(dots, state[0] < 0, torch.stack([row_dots(p, ap), row_squares(ap)]))
 
 
 def cg_step(
@@ -36,12 +34,46 @@ def cg_step(
 ) -> None:
     """Advance each running system by one iteration, or stop it."""
     advances, alpha, beta = decide_cg(
-        dots, rr, state, threshold, maxiter, state_out, residual_sq, x.dtype
+        dots, rr, rr, state, threshold, maxiter, state_out, residual_sq, x.dtype
     )
     _write(x, advances, x + p * alpha)
     _write(r, advances, r - ap * alpha)
     _write(p, advances, r + p * beta)
-    _write_squares(rr_out, advances, r)
+    _write_sums(rr_out, advances, row_squares(r))
+
+
+def pcg_dots(p: Tensor, ap: Tensor, d: Tensor, state: Tensor, dots: Tensor) -> None:
+    """Write p.Ap and Ap.(d Ap) of each running system into `dots`, and zero for a frozen one."""
+    sums = torch.stack([row_dots(p, ap), row_weighted_squares(ap, d)])
+    _write_sums(dots, state[0] < 0, sums)
+
+
+def pcg_step(
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    ap: Tensor,
+    d: Tensor,
+    dots: Tensor,
+    rr: Tensor,
+    rz: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    maxiter: int,
+    rr_out: Tensor,
+    rz_out: Tensor,
+    state_out: Tensor,
+    residual_sq: Tensor,
+) -> None:
+    """Advance each running system by one iteration, or stop it."""
+    advances, alpha, beta = decide_cg(
+        dots, rr, rz, state, threshold, maxiter, state_out, residual_sq, x.dtype
+    )
+    _write(x, advances, x + p * alpha)
+    _write(r, advances, r - ap * alpha)
+    _write(p, advances, d * r + p * beta)
+    _write_sums(rr_out, advances, row_squares(r))
+    _write_sums(rz_out, advances, row_weighted_squares(r, d))
 
 
 def neumann_step(
@@ -62,13 +94,13 @@ def neumann_step(
     advances = decide_neumann(rr, state, threshold, limit, maxiter, state_out, residual_sq)
     residual = b - ax
     _write(x, advances, x + residual * alpha.to(x.dtype)[:, None])
-    _write_squares(rr_out, advances, residual)
+    _write_sums(rr_out, advances, row_squares(residual))
 
 
 def _write(v: Tensor, rows: Tensor, value: Tensor) -> None:
     torch.where(rows[:, None], value, v, out=v)
 
 
-def _write_squares(rr_out: Tensor, rows: Tensor, v: Tensor) -> None:
-    rr_out.zero_()
-    rr_out[:, 0] = torch.where(rows, row_squares(v), 0.0)
+def _write_sums(out: Tensor, rows: Tensor, sums: Tensor) -> None:
+    out.zero_()
+    out[..., 0] = torch.where(rows, sums, 0.0)

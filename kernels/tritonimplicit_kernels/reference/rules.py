@@ -14,6 +14,7 @@ from tritonimplicit_kernels import status
 def decide_cg(
     dots: Tensor,
     rr: Tensor,
+    rz: Tensor,
     state: Tensor,
     threshold: Tensor,
     maxiter: int,
@@ -21,17 +22,22 @@ def decide_cg(
     residual_sq: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Settle the state; return which systems advance (B,), and alpha and beta (B, 1) in `dtype`."""
-    rr_b, (pap, apap) = rr.sum(-1), dots.sum(-1)  # (B,) each
-    code = _cg_code(rr_b, pap, apap, state, threshold, maxiter, torch.finfo(dtype).eps)
+    """Settle the state; return which systems advance (B,), and alpha and beta (B, 1) in `dtype`.
+
+    `dots` are p.Ap and Ap.M Ap, and `rz` is r.M r: without a preconditioner M, `rr` itself.
+    """
+    rr_b, (pap, apmap) = rr.sum(-1), dots.sum(-1)  # (B,) each
+    rz_b = rr_b if rz is rr else rz.sum(-1)
+    eps = torch.finfo(dtype).eps
+    code = _cg_code(rr_b, rz_b, pap, apmap, state, threshold, maxiter, eps)
     advances = _settle(code, rr_b, state, state_out, residual_sq)
-    return advances, *cg_scales(rr_b, pap, apap, dtype)
+    return advances, *cg_scales(rz_b, pap, apmap, dtype)
 
 
-def cg_scales(rr: Tensor, pap: Tensor, apap: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def cg_scales(rz: Tensor, pap: Tensor, apmap: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return alpha and beta (B, 1), computed in float64 and rounded once."""
-    alpha = rr / pap
-    beta = (alpha * alpha * apap - rr).clamp_min_(0).div_(rr)
+    alpha = rz / pap
+    beta = (alpha * alpha * apmap - rz).clamp_min_(0).div_(rz)
     alpha, beta = torch.stack([alpha, beta]).to(dtype)[:, :, None]
     return alpha, beta
 
@@ -53,8 +59,9 @@ def decide_neumann(
 
 def _cg_code(
     rr: Tensor,
+    rz: Tensor,
     pap: Tensor,
-    apap: Tensor,
+    apmap: Tensor,
     state: Tensor,
     threshold: Tensor,
     maxiter: int,
@@ -65,8 +72,10 @@ def _cg_code(
     size = pap.abs()
     code = status.RUNNING_POSITIVE - (pap <= 0).int()  # one less is RUNNING_NEGATIVE
     code.masked_fill_((seen != status.RUNNING) & (seen != code), status.INDEFINITE)
-    code.masked_fill_(size <= rr.sqrt() * apap.sqrt() * eps, status.BREAKDOWN)
-    code.masked_fill_(~((size < torch.inf) & (apap < torch.inf)), status.NON_FINITE)
+    code.masked_fill_(size <= rz.sqrt() * apmap.sqrt() * eps, status.BREAKDOWN)
+    code.masked_fill_((rz <= 0) | (apmap < 0), status.PRECONDITIONER)
+    finite = (size < torch.inf) & (apmap.abs() < torch.inf) & (rz.abs() < torch.inf)
+    code.masked_fill_(~finite, status.NON_FINITE)
     code.masked_fill_(iterations >= maxiter, status.MAX_ITERATIONS)
     code.masked_fill_(rr <= threshold, status.CONVERGED)
     return code.masked_fill_(~(rr < torch.inf), status.NON_FINITE)

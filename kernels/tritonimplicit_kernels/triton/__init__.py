@@ -10,8 +10,19 @@ from tritonimplicit_kernels.triton.cg_dots import _cg_dots_kernel, cg_dots
 from tritonimplicit_kernels.triton.cg_step import cg_step
 from tritonimplicit_kernels.triton.launch import partial_count
 from tritonimplicit_kernels.triton.neumann_step import neumann_step
+from tritonimplicit_kernels.triton.pcg_dots import pcg_dots
+from tritonimplicit_kernels.triton.pcg_step import pcg_step
 
-__all__ = ["INTERPRETED", "cg_dots", "cg_step", "name", "neumann_step", "partial_count"]
+__all__ = [
+    "INTERPRETED",
+    "cg_dots",
+    "cg_step",
+    "name",
+    "neumann_step",
+    "partial_count",
+    "pcg_dots",
+    "pcg_step",
+]
 
 name: Final = "triton"
 

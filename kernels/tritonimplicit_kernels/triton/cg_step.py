@@ -9,33 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonimplicit_kernels import status
+from tritonimplicit_kernels.triton.cg_rules import next_code
 from tritonimplicit_kernels.triton.launch import launch
 from tritonimplicit_kernels.triton.programs import chunk_bounds, fold
-
-_RUNNING = tl.constexpr(status.RUNNING)
-_RUNNING_POSITIVE = tl.constexpr(status.RUNNING_POSITIVE)
-_RUNNING_NEGATIVE = tl.constexpr(status.RUNNING_NEGATIVE)
-_CONVERGED = tl.constexpr(status.CONVERGED)
-_MAX_ITERATIONS = tl.constexpr(status.MAX_ITERATIONS)
-_BREAKDOWN = tl.constexpr(status.BREAKDOWN)
-_INDEFINITE = tl.constexpr(status.INDEFINITE)
-_NON_FINITE = tl.constexpr(status.NON_FINITE)
-_EPS_FP32 = tl.constexpr(2.0**-23)
-_EPS_FP64 = tl.constexpr(2.0**-52)
-_INF = tl.constexpr(float("inf"))
-
-
-@triton.jit
-def _next_code(rr, pap, apap, seen, iterations, threshold, maxiter, EPS: tl.constexpr):
-    """Say what a running system turns to; the last rule that holds wins."""
-    code = tl.where(pap > 0, _RUNNING_POSITIVE, _RUNNING_NEGATIVE)
-    code = tl.where((seen != _RUNNING) & (seen != code), _INDEFINITE, code)
-    code = tl.where(tl.abs(pap) <= tl.sqrt(rr) * tl.sqrt(apap) * EPS, _BREAKDOWN, code)
-    code = tl.where((tl.abs(pap) < _INF) & (apap < _INF), code, _NON_FINITE)
-    code = tl.where(iterations >= maxiter, _MAX_ITERATIONS, code)
-    code = tl.where(rr <= threshold, _CONVERGED, code)
-    return tl.where(rr < _INF, code, _NON_FINITE)
 
 
 @triton.jit
@@ -76,7 +52,6 @@ def _cg_step_kernel(
     batch = programs // P
     b = (pid // P).to(tl.int64)
     dtype = x_ptr.dtype.element_ty
-    eps: tl.constexpr = _EPS_FP32 if dtype == tl.float32 else _EPS_FP64
 
     seen = tl.load(state_ptr + b)
     iterations = tl.load(state_ptr + batch + b)
@@ -85,7 +60,7 @@ def _cg_step_kernel(
     apap = fold(dots_ptr + programs + b * P, P, MAX_P)
     threshold = tl.load(threshold_ptr + b)
     runs = seen < 0
-    code = _next_code(rr, pap, apap, seen, iterations, threshold, maxiter, eps)
+    code = next_code(rr, rr, pap, apap, seen, iterations, threshold, maxiter, dtype)
     code = tl.where(runs, code, seen)
     if pid % P == 0:
         tl.store(state_out_ptr + b, code)

@@ -1,0 +1,55 @@
+"""First launch of a CG iteration with M = diag(d): p.Ap and Ap.(d Ap), 3 passes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritonimplicit_kernels.triton.launch import launch
+from tritonimplicit_kernels.triton.programs import chunk_bounds
+
+
+@triton.jit(do_not_specialize=["ld16", "P"])
+def _pcg_dots_kernel(
+    p_ptr,
+    ap_ptr,
+    d_ptr,
+    state_ptr,
+    dots_ptr,
+    ld16,
+    P,
+    MAX_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    b = (pid // P).to(tl.int64)
+    pap = tl.zeros([BLOCK], tl.float64)
+    apmap = tl.zeros([BLOCK], tl.float64)
+    if tl.load(state_ptr + b) < 0:
+        ld = ld16.to(tl.int64) * 16
+        start, whole, end = chunk_bounds(pid % P, ld, P, BLOCK)
+        p_ptr += b * ld
+        ap_ptr += b * ld
+        d_ptr += b * ld
+        lanes = tl.arange(0, BLOCK)
+        for s in range(start, whole, BLOCK):
+            p = tl.load(p_ptr + s + lanes).to(tl.float64)
+            ap = tl.load(ap_ptr + s + lanes).to(tl.float64)
+            d = tl.load(d_ptr + s + lanes).to(tl.float64)
+            pap += p * ap
+            apmap += d * (ap * ap)
+        if whole < end:
+            mask = whole + lanes < end
+            p = tl.load(p_ptr + whole + lanes, mask=mask, other=0.0).to(tl.float64)
+            ap = tl.load(ap_ptr + whole + lanes, mask=mask, other=0.0).to(tl.float64)
+            d = tl.load(d_ptr + whole + lanes, mask=mask, other=0.0).to(tl.float64)
+            pap += p * ap
+            apmap += d * (ap * ap)
+    tl.store(dots_ptr + pid, tl.sum(pap, axis=0))
+    tl.store(dots_ptr + tl.num_programs(0) + pid, tl.sum(apmap, axis=0))
+
+
+def pcg_dots(p: Tensor, ap: Tensor, d: Tensor, state: Tensor, dots: Tensor) -> None:
+    """Write the partial sums of p.Ap and Ap.(d Ap) into `dots`, zero for a frozen system."""
+    launch(_pcg_dots_kernel, p, dots, p, ap, d, state, dots)
