@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 import tritonimplicit as ti
 from tritonimplicit.linear_solve import CG, Jacobi, Neumann, NormalCG, Nystrom
 from tritonimplicit.linear_solve.power import largest_eigenvalue
-from tritonimplicit.linear_solve.preconditioned_cg import DiagonalCG
 from tritonimplicit.linear_solve.preconditioners import row_preconditioner
 from tritonimplicit.linear_solve.probes import orthonormal
 from tritonimplicit.linear_solve.rows import RowMatvec
@@ -439,63 +438,6 @@ def test_a_forced_backend_is_not_replaced_in_silence():
             CG(backend="triton", M=M)(lambda v: v, torch.ones(3))
     with pytest.raises(RuntimeError, match="cannot run on cpu"):
         CG(backend="triton", M=Jacobi())(lambda v: v, torch.ones(3))
-
-
-# -- a diagonal one, fused -------------------------------------------------------------------------
-
-
-def jacobi_as_a_function(solver, matvec, b):
-    """The same solver with the same diagonal, which it does not know to be one."""
-    layout = Layout.of(b, solver.batch_ndim)
-    inverse = row_preconditioner(solver.M, RowMatvec(matvec, layout)).inverse[:, : b.shape[-1]]
-    return dataclasses.replace(solver, M=lambda r: r * inverse.reshape(b.shape))
-
-
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (DOUBLE, 1e-9)])
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("n", [40, 300])
-def test_the_fused_form_takes_the_textbooks_iterations(n, sign, dtype, rtol):
-    spread = 10 ** torch.rand(3, n, dtype=DOUBLE)
-    matrix = sign * spread[:, :, None] * spd(n, torch.linspace(0.1, 1, n, dtype=DOUBLE), (3,))
-    matrix = (matrix * spread[:, None, :]).to(dtype)
-    b = torch.randn(3, n, dtype=dtype)
-    fused = CG(rtol=rtol, batch_ndim=1, M=Jacobi())
-    textbook = jacobi_as_a_function(fused, bmv(matrix), b)
-    got, expected = (solver.solve(bmv(matrix), b) for solver in (fused, textbook))
-    assert got.status.tolist() == expected.status.tolist() == [Status.CONVERGED] * 3
-    assert (got.iterations > 8).all()
-    assert ((got.iterations - expected.iterations).abs() <= 1).all()
-
-
-def test_the_fused_form_restarts_from_the_true_residual():
-    scale = torch.logspace(0, 3, 60)
-    b = torch.randn(2, 60)
-    factors = iter([1.5, 1.5])  # for M and the first iteration, which believes what is not true
-
-    def matvec(v):
-        return next(factors, 1.0) * scale * v
-
-    solver = CG(rtol=1e-5, batch_ndim=1, M=Jacobi(probes=1), maxiter=40)
-    solution = solver.solve(matvec, b)
-    assert (solution.status == Status.CONVERGED).all() and (solution.iterations > 1).all()
-    residual = (b - scale * solution.value).norm(dim=1)
-    assert (residual <= 1.01e-5 * b.norm(dim=1)).all()
-
-
-def test_buffers_that_a_failed_graph_puts_back_are_followed():
-    scale, b = torch.logspace(0, 2, 48, dtype=DOUBLE), torch.randn(2, 48, dtype=DOUBLE)
-    apply = RowMatvec(lambda v: scale * v, Layout.of(b, 1))
-    M = Jacobi(2).on_rows(RowMatvec(lambda v: v * (scale + scale.flip(0)), apply.layout))
-    one, other = (DiagonalCG(CG(batch_ndim=1), apply, b, M) for _ in range(2))
-    for _ in range(5):
-        for recurrence in (one, other):
-            recurrence.step()
-            recurrence.progress.swap()
-        buffers = dict(vars(other.progress))
-        other.progress.swap()  # in the capture, which launches nothing
-        vars(other.progress).update(buffers)
-    assert torch.equal(one.x, other.x)
-    assert torch.equal(one.progress.rr, other.progress.rr)
 
 
 @st.composite
