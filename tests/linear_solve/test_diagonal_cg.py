@@ -63,9 +63,9 @@ def test_a_restart_is_a_new_start_for_its_systems_alone(steps):
     run(restarted, steps)
     new = diagonal_cg(init=restarted.x.clone())
     residual = new.apply.residual(restarted.x, new.b)
-    rows = torch.tensor([1])
-    restarted.restart(rows, residual)
-    restarted.progress.restart(rows, kernels.row_norms(residual))
+    again = torch.arange(len(residual)) == 1
+    restarted.restart(again, residual)
+    restarted.progress.restart(again, kernels.row_norms(residual))
     run(restarted, 3)
     run(new, 3)
     run(undisturbed, steps + 3)
