@@ -392,7 +392,8 @@ def test_failures_are_reported(solver):
 def test_what_is_recorded_in_a_log():
     with ti.record_solves() as log:
         solution = Anderson().solve(torch.cos, torch.ones(3))
-    assert log[0] is solution and solution.solver == "Anderson"
+    assert log[0].status is solution.status and solution.solver == "Anderson"
+    assert torch.equal(log[0].value, solution.value)
     assert len(solution.history) == int(solution.iterations) + 1
     torch.testing.assert_close(solution.history[-1], solution.residual_norm)
 
