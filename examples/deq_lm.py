@@ -71,10 +71,10 @@ class World:
     def join(device: torch.device) -> World:
         if not dist.is_torchelastic_launched():
             return World(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return World(device, dist.get_rank(), dist.get_world_size())
 
     def share(self, tensor: Tensor) -> Tensor:
@@ -238,6 +238,9 @@ def report(training: Training, out: Path) -> tuple[float, float]:
         most, unsolved = history[:, k], history[:, k + 2].mean()
         spread = f"median {most.median():.0f}, max {most.max():.0f}"
         table.add_row(f"{name} iterations", f"{spread}; {unsolved:.2%} unsolved")
+    radius = training.model.deq.last.spectral_radius()
+    spread = f"median {radius.median():.1f}, max {radius.max():.1f}"
+    table.add_row("spectral radius of df/dz", f"{spread}, of {len(radius)} held-out sequences")
     table.add_row("parameters", f"{sum(p.numel() for p in training.model.parameters())}")
     threads = f"threads: {torch.get_num_threads()}, processes: {training.world.size}"
     on_gpu = device.type == "cuda"

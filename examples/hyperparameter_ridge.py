@@ -173,7 +173,7 @@ def draw(tuned: Tuned, shared: float, shared_error: float, names: list[str], pat
     right.bar(names, tuned.penalty.tolist(), color="C0")
     right.axhline(shared, color="C1", linestyle="--")
     right.set(title="Penalties", yscale="log", xlabel="feature")
-    left.legend(frameon=False, loc="center right")
+    left.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.95))
     for panel in (left, right):
         panel.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

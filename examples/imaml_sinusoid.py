@@ -166,7 +166,10 @@ def draw(meta: Meta, losses: list[float], tasks: Tasks, path: Path) -> None:
     """Draw the loss of meta-training, and two held-out tasks before and after adaptation."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     first, *panels = figure.subplots(1, 3)
-    first.semilogy(range(1, len(losses) + 1), losses, "C0")
+    window = min(10, len(losses))
+    smooth = torch.tensor(losses).unfold(0, window, 1).mean(1)
+    first.semilogy(range(1, len(losses) + 1), losses, "C0", alpha=0.3, label="each step")
+    first.semilogy(range(window, len(losses) + 1), smooth, "C0", label=f"mean of {window}")
     first.set(title="Meta-training", xlabel="step", ylabel="loss after adaptation")
     adapted = meta.adapt(meta.parameters, tasks.x, tasks.y).detach()
     for task, panel in enumerate(panels):
@@ -180,6 +183,7 @@ def draw(meta: Meta, losses: list[float], tasks: Tasks, path: Path) -> None:
             panel.plot(x.cpu(), meta.network.at(params, x).detach().cpu(), style, label=name)
         panel.plot(tasks.x[task].cpu(), tasks.y[task].cpu(), "ko", label=f"its {POINTS} points")
         panel.set(title=f"Held-out task {task + 1}", xlabel="x", ylabel="y")
+    first.legend(frameon=False)
     panels[0].legend(frameon=False, fontsize="small")
     for panel in (first, *panels):
         panel.spines[["top", "right"]].set_visible(False)
