@@ -5,6 +5,7 @@ B systems, rows of ld elements (ld a multiple of 16, the padding zero), P partia
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 import torch
@@ -13,12 +14,17 @@ from torch import Tensor
 MAX_P: Final = 256
 
 _VECTOR_DTYPES = (torch.float32, torch.float64)
-_VECTORS = ("x", "r", "p", "ap", "d", "b", "ax")
+_VECTORS = (
+    *("x", "r", "p", "ap", "d", "b", "ax"),
+    *("shadow", "y", "z", "v", "s", "t"),  # BiCGSTAB's
+)
 SHAPES: Final = {
     **dict.fromkeys(_VECTORS, "B, ld"),
     "dots": "2, B, P",
-    **dict.fromkeys(("rr", "rr_out", "rz", "rz_out"), "B, P"),
-    **dict.fromkeys(("threshold", "limit", "alpha", "residual_sq"), "B"),
+    "shadow_dots": "3, B, P",
+    "half_dots": "4, B, P",
+    **dict.fromkeys(("rr", "rr_out", "rz", "rz_out", "ss"), "B, P"),
+    **dict.fromkeys(("threshold", "limit", "alpha", "rho", "unit", "residual_sq"), "B"),
     **dict.fromkeys(("state", "state_out"), "2, B"),
 }
 
@@ -28,6 +34,11 @@ def dtype_of(name: str, vector_dtype: torch.dtype) -> torch.dtype:
     if name in ("state", "state_out"):
         return torch.int32
     return vector_dtype if name in _VECTORS else torch.float64
+
+
+def shape_of(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of the tensor known by `name`, for these sizes of B, ld and P."""
+    return tuple(int(d) if d.isdigit() else sizes[d] for d in SHAPES[name].split(", "))
 
 
 def check_layout(**tensors: Tensor) -> None:
@@ -43,12 +54,12 @@ def check_layout(**tensors: Tensor) -> None:
             f"{name} must be (B, ld) with ld a positive multiple of 16, not "
             f"{tuple(first.shape)}: pad the rows with zeros"
         )
-    sizes = {"2": 2, "B": first.shape[0], "ld": first.shape[1], "P": _partial_count(**tensors)}
+    sizes = {"B": first.shape[0], "ld": first.shape[1], "P": _partial_count(**tensors)}
     for name, tensor in tensors.items():
         dtype = dtype_of(name, first.dtype)
         if tensor.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, not {tensor.dtype}")
-        shape = tuple(sizes[size] for size in SHAPES[name].split(", "))
+        shape = shape_of(name, sizes)
         if tensor.shape != shape:
             raise ValueError(
                 f"{name} must be ({SHAPES[name]}), here {shape}, not {tuple(tensor.shape)}"

@@ -15,7 +15,7 @@ from torch import Tensor
 from tritonimplicit_kernels import status
 from tritonimplicit_kernels.reference.rules import cg_scales
 
-_ONE_ITERATION: Final = torch.tensor([[0], [1]], dtype=torch.int32, device="cpu")
+ONE_ITERATION: Final = torch.tensor([[0], [1]], dtype=torch.int32, device="cpu")
 
 
 def all_advance_cg(
@@ -38,7 +38,7 @@ def all_advance_cg(
     scales = decide(dots, rr, rz, state, threshold, maxiter, dtype)
     if scales is not None:
         torch.sum(rr, -1, out=residual_sq)
-        torch.add(state, _ONE_ITERATION, out=state_out)
+        torch.add(state, ONE_ITERATION, out=state_out)
     return scales
 
 

@@ -25,14 +25,14 @@ class _Room(threading.local):
 
     def __init__(self) -> None:
         with torch.inference_mode(False):
-            self.memory = torch.empty(2 * TILE + 2 * _ALIGNMENT, dtype=torch.float64, device="cpu")
+            self.memory = torch.empty(3 * TILE + 3 * _ALIGNMENT, dtype=torch.float64, device="cpu")
 
 
 _ROOM: Final = _Room()
 
 
 def scratch(tile: Tensor, count: int = 1) -> Tensor:
-    """Return uninitialised float64 room for up to two tiles: (count, R, W), rows aligned.
+    """Return uninitialised float64 room for up to three tiles: (count, R, W), rows aligned.
 
     It is the thread's own, until the next call.
     """

@@ -6,6 +6,10 @@ from typing import Final
 
 import triton
 
+from tritonimplicit_kernels.triton.bicgstab_dots import bicgstab_dots
+from tritonimplicit_kernels.triton.bicgstab_half_dots import bicgstab_half_dots
+from tritonimplicit_kernels.triton.bicgstab_half_step import bicgstab_half_step
+from tritonimplicit_kernels.triton.bicgstab_step import bicgstab_step, pbicgstab_step
 from tritonimplicit_kernels.triton.cg_dots import _cg_dots_kernel, cg_dots
 from tritonimplicit_kernels.triton.cg_step import cg_step
 from tritonimplicit_kernels.triton.launch import partial_count
@@ -15,11 +19,16 @@ from tritonimplicit_kernels.triton.pcg_step import pcg_step
 
 __all__ = [
     "INTERPRETED",
+    "bicgstab_dots",
+    "bicgstab_half_dots",
+    "bicgstab_half_step",
+    "bicgstab_step",
     "cg_dots",
     "cg_step",
     "name",
     "neumann_step",
     "partial_count",
+    "pbicgstab_step",
     "pcg_dots",
     "pcg_step",
 ]

@@ -1,0 +1,184 @@
+"""BiCGSTAB with merged dots (van der Vorst 1992, doi 10.1137/0913035)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonimplicit_kernels.reference import plain
+from tritonimplicit_kernels.reference.bicgstab_common import advances_alone, goes_on_alone
+from tritonimplicit_kernels.reference.bicgstab_rules import Scales, decide_half, decide_step
+from tritonimplicit_kernels.reference.dots import products, row_sums, scratch, squares, widen
+from tritonimplicit_kernels.reference.tiles import (
+    column_tiles,
+    put_back,
+    row_groups,
+    take,
+    write_sums,
+)
+
+
+def bicgstab_dots(shadow: Tensor, v: Tensor, state: Tensor, shadow_dots: Tensor) -> None:
+    """Write r^.v, r^.r^ and v.v of each running system, and zero for a frozen one."""
+    if v.device.type != "cpu":
+        return plain.bicgstab_dots(shadow, v, state, shadow_dots)
+    shadow_dots.zero_()
+    for rows in row_groups(v, state[0] < 0):
+        tiles = [_shadow_products(*tile) for tile in column_tiles(*take(rows, shadow, v))]
+        sums = [row_sums(of_tiles) for of_tiles in zip(*tiles, strict=True)]
+        write_sums(shadow_dots, rows, torch.stack(sums))
+    return None
+
+
+def _shadow_products(shadow: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    room = scratch(v, 2)
+    shadow, v = widen(shadow, room[0]), widen(v, room[1])
+    shadow_sq = squares(shadow)
+    return products(shadow, v, room[0]), shadow_sq, squares(v)
+
+
+def bicgstab_half_step(
+    r: Tensor,
+    v: Tensor,
+    shadow_dots: Tensor,
+    rho: Tensor,
+    rr: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    limit: Tensor,
+    maxiter: int,
+    alpha: Tensor,
+    ss: Tensor,
+    state_out: Tensor,
+    residual_sq: Tensor,
+) -> None:
+    """Turn r into s for each system that goes on, or stop it."""
+    if r.device.type != "cpu":
+        return plain.bicgstab_half_step(
+            *(r, v, shadow_dots, rho, rr, state, threshold, limit),
+            *(maxiter, alpha, ss, state_out, residual_sq),
+        )
+    scalars = shadow_dots, rho, rr, state, threshold, limit, maxiter, alpha, state_out, residual_sq
+    ss.zero_()
+    advances: Tensor | None = None
+    scale: Tensor | float | None = advances_alone(*scalars, r.dtype)
+    if scale is None:
+        advances, scale = decide_half(*scalars, r.dtype)
+    for rows in row_groups(r, advances):
+        vectors = take(rows, r, v)
+        here = scale[rows] if isinstance(scale, Tensor) else scale
+        sums = row_sums(_half_update(tile, here) for tile in column_tiles(*vectors))
+        write_sums(ss, rows, sums)
+        put_back(rows, (r,), vectors[:1])
+    return None
+
+
+def _half_update(tile: tuple[Tensor, ...], alpha: Tensor | float) -> Tensor:
+    r, v = tile
+    room = scratch(r)[0]
+    r -= torch.mul(v, alpha, out=_as(r, room))  # apart from the sum, as in cg.py
+    return squares(widen(r, room))
+
+
+def bicgstab_half_dots(
+    shadow: Tensor, s: Tensor, t: Tensor, state: Tensor, half_dots: Tensor
+) -> None:
+    """Write t.s, t.t, r^.s and r^.t of each running system, and zero for a frozen one."""
+    if s.device.type != "cpu":
+        return plain.bicgstab_half_dots(shadow, s, t, state, half_dots)
+    half_dots.zero_()
+    for rows in row_groups(s, state[0] < 0):
+        tiles = [_half_products(*tile) for tile in column_tiles(*take(rows, shadow, s, t))]
+        sums = [row_sums(of_tiles) for of_tiles in zip(*tiles, strict=True)]
+        write_sums(half_dots, rows, torch.stack(sums))
+    return None
+
+
+def _half_products(shadow: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+    room = scratch(s, 3)
+    s, t = widen(s, room[0]), widen(t, room[1])
+    ts, tt = products(t, s, room[2]), squares(t)
+    shadow = widen(shadow, room[2])
+    shadow_t = products(t, shadow, room[1])  # in the place of t, and then of s
+    return ts, tt, products(s, shadow, room[0]), shadow_t
+
+
+def bicgstab_step(
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    shadow: Tensor,
+    v: Tensor,
+    t: Tensor,
+    shadow_dots: Tensor,
+    ss: Tensor,
+    half_dots: Tensor,
+    alpha: Tensor,
+    unit: Tensor,
+    threshold: Tensor,
+    state: Tensor,
+    rho: Tensor,
+    rr_out: Tensor,
+) -> None:
+    """Finish the iteration of each running system."""
+    scalars = shadow_dots, ss, half_dots, alpha, unit, threshold, state, rho, rr_out
+    pbicgstab_step(x, r, p, shadow, p, r, v, t, *scalars)
+
+
+def pbicgstab_step(
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    shadow: Tensor,
+    y: Tensor,
+    z: Tensor,
+    v: Tensor,
+    t: Tensor,
+    shadow_dots: Tensor,
+    ss: Tensor,
+    half_dots: Tensor,
+    alpha: Tensor,
+    unit: Tensor,
+    threshold: Tensor,
+    state: Tensor,
+    rho: Tensor,
+    rr_out: Tensor,
+) -> None:
+    """Finish the iteration of each running system, with y = M p and z = M s."""
+    scalars = shadow_dots, ss, half_dots, alpha, unit, threshold, state, rho
+    if x.device.type != "cpu":
+        return plain.pbicgstab_step(x, r, p, shadow, y, z, v, t, *scalars, rr_out)
+    rr_out.zero_()
+    runs, scales = None, goes_on_alone(*scalars, x.dtype)
+    if scales is None:
+        runs, scales = decide_step(*scalars, x.dtype)
+    for rows in row_groups(x, runs):
+        vectors = take(rows, x, r, p, shadow, y, z, v, t)
+        here = scales
+        if scales.fresh is not None:  # not one for all
+            here = Scales._make(take(rows, *scales))  # type: ignore[arg-type]
+        sums = row_sums(_update(tile, here) for tile in column_tiles(*vectors))
+        (size,) = take(rows, unit)
+        write_sums(rr_out, rows, sums * size * size)
+        put_back(rows, (x, r, p, shadow), vectors[:4])
+    return None
+
+
+def _update(tile: tuple[Tensor, ...], scales: Scales) -> Tensor:
+    x, r, p, shadow, y, z, v, t = tile
+    room = scratch(x)[0]
+    scaled = _as(x, room)
+    x += torch.mul(y, scales.x_alpha, out=scaled)
+    x += torch.mul(z, scales.x_omega, out=scaled)
+    r -= torch.mul(t, scales.omega, out=scaled)
+    p -= torch.mul(v, scales.omega, out=scaled)
+    p.mul_(scales.beta).add_(r)
+    if scales.fresh is not None:
+        torch.where(scales.fresh, r, p, out=p)
+        torch.where(scales.fresh, r, shadow, out=shadow)
+    return squares(widen(r, room))
+
+
+def _as(tile: Tensor, room: Tensor) -> Tensor:
+    """Return float64 `room` as room for a tile of the vectors' dtype."""
+    return room.view(tile.dtype)[:, : tile.shape[1]]
