@@ -29,6 +29,14 @@ ITERATIONS = {
     "`CG`": ("cg_dots", "cg_step"),
     "`CG(M=Jacobi())`": ("pcg_dots", "pcg_step"),
     "`Neumann`": ("neumann_step",),
+    "`BiCGSTAB`": (
+        *("bicgstab_dots", "bicgstab_half_step", "bicgstab_half_dots"),
+        "bicgstab_step",
+    ),
+    "`BiCGSTAB(M=...)`": (
+        *("bicgstab_dots", "bicgstab_half_step", "bicgstab_half_dots"),
+        "pbicgstab_step",
+    ),
 }
 """The ops of one iteration, in their order."""
 _FLOPS = ("create_fadd", "create_fsub", "create_fmul", "create_fdiv", "create_fma")

@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton", reason="triton is a dependency on Linux o
 tl = triton.language
 
 from tools import ops_table  # noqa: E402
-from tritonimplicit.linear_solve import CG, Jacobi, Neumann  # noqa: E402
+from tritonimplicit.linear_solve import CG, BiCGSTAB, FusedSolver, Jacobi, Neumann  # noqa: E402
 from tritonimplicit_kernels import ops  # noqa: E402
 from tritonimplicit_kernels import triton as kernels  # noqa: E402
 
@@ -18,7 +18,13 @@ pytestmark = pytest.mark.interpreter
 
 @pytest.mark.parametrize(
     ("method", "passes", "launches"),
-    [("`CG`", 9, 2), ("`CG(M=Jacobi())`", 11, 2), ("`Neumann`", 4, 1)],
+    [
+        ("`CG`", 9, 2),
+        ("`CG(M=Jacobi())`", 11, 2),
+        ("`Neumann`", 4, 1),
+        ("`BiCGSTAB`", 16, 4),
+        ("`BiCGSTAB(M=...)`", 18, 4),
+    ],
 )
 def test_an_iteration_is_as_lean_as_promised(method: str, passes: int, launches: int) -> None:
     counted = ops_table.count_iteration(method)
@@ -31,10 +37,12 @@ def test_an_iteration_is_as_lean_as_promised(method: str, passes: int, launches:
         ("`CG`", CG(backend="triton", rtol=0.0, maxiter=3)),
         ("`CG(M=Jacobi())`", CG(backend="triton", rtol=0.0, maxiter=3, M=Jacobi(1, seed=1))),
         ("`Neumann`", Neumann(backend="triton", rtol=0.0, maxiter=3)),
+        ("`BiCGSTAB`", BiCGSTAB(backend="triton", rtol=0.0, maxiter=3)),
+        ("`BiCGSTAB(M=...)`", BiCGSTAB(backend="triton", rtol=0.0, maxiter=3, M=Jacobi(1))),
     ],
 )
 def test_a_solver_launches_its_iterations_ops(
-    method: str, solver: CG | Neumann, monkeypatch: pytest.MonkeyPatch
+    method: str, solver: FusedSolver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = []
     for op in ops.SCHEMAS:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tritonimplicit_kernels.reference import plain
 from tritonimplicit_kernels.reference.bicgstab_common import advances_alone, goes_on_alone
-from tritonimplicit_kernels.reference.bicgstab_rules import Scales, decide_half, decide_step
+from tritonimplicit_kernels.reference.bicgstab_rules import decide_half, decide_step
 from tritonimplicit_kernels.reference.dots import products, row_sums, scratch, squares, widen
 from tritonimplicit_kernels.reference.tiles import (
     column_tiles,
@@ -149,33 +149,38 @@ def pbicgstab_step(
     if x.device.type != "cpu":
         return plain.pbicgstab_step(x, r, p, shadow, y, z, v, t, *scalars, rr_out)
     rr_out.zero_()
-    runs, scales = None, goes_on_alone(*scalars, x.dtype)
+    runs: Tensor | None = None
+    fresh: Tensor | None = None
+    scales: tuple[Tensor | float, ...] | None = goes_on_alone(*scalars, x.dtype)
     if scales is None:
-        runs, scales = decide_step(*scalars, x.dtype)
+        runs, fresh, scales = decide_step(*scalars, x.dtype)
+        if not any(fresh.tolist()):
+            fresh = None
     for rows in row_groups(x, runs):
         vectors = take(rows, x, r, p, shadow, y, z, v, t)
-        here = scales
-        if scales.fresh is not None:  # not one for all
-            here = Scales._make(take(rows, *scales))  # type: ignore[arg-type]
-        sums = row_sums(_update(tile, here) for tile in column_tiles(*vectors))
-        (size,) = take(rows, unit)
-        write_sums(rr_out, rows, sums * size * size)
+        here = tuple(scale[rows] if isinstance(scale, Tensor) else scale for scale in scales)
+        begins = None if fresh is None else fresh[rows]
+        sums = row_sums(_update(tile, here, begins) for tile in column_tiles(*vectors))
+        write_sums(rr_out, rows, sums * unit[rows] * unit[rows])
         put_back(rows, (x, r, p, shadow), vectors[:4])
     return None
 
 
-def _update(tile: tuple[Tensor, ...], scales: Scales) -> Tensor:
+def _update(
+    tile: tuple[Tensor, ...], scales: tuple[Tensor | float, ...], fresh: Tensor | None
+) -> Tensor:
     x, r, p, shadow, y, z, v, t = tile
+    y_scale, z_scale, omega, beta = scales
     room = scratch(x)[0]
     scaled = _as(x, room)
-    x += torch.mul(y, scales.x_alpha, out=scaled)
-    x += torch.mul(z, scales.x_omega, out=scaled)
-    r -= torch.mul(t, scales.omega, out=scaled)
-    p -= torch.mul(v, scales.omega, out=scaled)
-    p.mul_(scales.beta).add_(r)
-    if scales.fresh is not None:
-        torch.where(scales.fresh, r, p, out=p)
-        torch.where(scales.fresh, r, shadow, out=shadow)
+    x += torch.mul(y, y_scale, out=scaled)
+    x += torch.mul(z, z_scale, out=scaled)
+    r -= torch.mul(t, omega, out=scaled)
+    p -= torch.mul(v, omega, out=scaled)
+    p.mul_(beta).add_(r)
+    if fresh is not None:
+        torch.where(fresh[:, None], r, p, out=p)
+        torch.where(fresh[:, None], r, shadow, out=shadow)
     return squares(widen(r, room))
 
 

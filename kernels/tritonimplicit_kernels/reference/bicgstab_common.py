@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from tritonimplicit_kernels import status
-from tritonimplicit_kernels.reference.bicgstab_rules import Scales
 from tritonimplicit_kernels.reference.common import ONE_ITERATION
 
 
@@ -65,8 +64,8 @@ def goes_on_alone(
     state: Tensor,
     rho: Tensor,
     dtype: torch.dtype,
-) -> Scales | None:
-    """Write the next rho and return the scalars, as `decide_step` does; else None, nothing written.
+) -> tuple[float, ...] | None:
+    """Write the next rho and return the four scalars of `decide_step`; else None, nothing written.
 
     That is where there is more than one system, or the one is frozen or has to begin afresh.
     """
@@ -83,7 +82,7 @@ def goes_on_alone(
     if alpha == 0 or omega == 0 or not _outweighs(next_rho, shadow_sq, ss, dtype):
         return None
     rho.fill_(next_rho)
-    return Scales(alpha * unit, omega * unit, omega, next_rho / (along * omega), None)
+    return alpha * unit, omega * unit, omega, next_rho / (along * omega)
 
 
 def _outweighs(dot: float, square: float, other_square: float, dtype: torch.dtype) -> bool:

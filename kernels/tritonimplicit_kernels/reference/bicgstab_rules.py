@@ -5,8 +5,6 @@ Nothing is read by the host here: it is all (B,) tensors.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -47,20 +45,6 @@ def decide_half(
     return advances, alpha.to(dtype)[:, None]
 
 
-class Scales(NamedTuple):
-    """What the second half multiplies vectors with, (B, 1) in their dtype, and who begins afresh.
-
-    x += x_alpha y + x_omega z; r -= omega t; p = r + beta (p - omega v), or r where `fresh`.
-    """
-
-    x_alpha: Tensor | float
-    x_omega: Tensor | float
-    omega: Tensor | float
-    beta: Tensor | float
-    fresh: Tensor | None
-    """(B, 1) bool, or None where no system begins afresh."""
-
-
 def decide_step(
     shadow_dots: Tensor,
     ss: Tensor,
@@ -71,9 +55,10 @@ def decide_step(
     state: Tensor,
     rho: Tensor,
     dtype: torch.dtype,
-) -> tuple[Tensor, Scales]:
-    """Write the next rho, zero for a fresh start; return which systems run (B,), and the scalars.
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Write the next rho; return which systems run and which begin afresh (B,), and four scalars.
 
+    These are (B, 1) in `dtype`: x += first y + second z; r -= omega t; p = r + beta (p - omega v).
     omega is zero where s is small enough already or t.s is rounding, and NaN where t is not finite.
     """
     along, shadow_sq, _ = shadow_dots.sum(-1)  # (B,) each
@@ -83,15 +68,14 @@ def decide_step(
     useful = needed & _outweighs(ts, tt, ss_b, dtype)
     omega = torch.where(useful, ts / tt, 0.0)
     omega.masked_fill_(needed & ~(tt < torch.inf), torch.nan)
-    rounded = omega.to(dtype)
-    omega = rounded.double()
+    omega = omega.to(dtype).double()
     next_rho = shadow_s - omega * shadow_t
     goes_on = (alpha != 0) & (omega != 0) & _outweighs(next_rho, shadow_sq, ss_b, dtype)
     beta = torch.where(goes_on, next_rho / (along * omega), 0.0)
     runs = state[0] < 0
-    torch.where(runs, next_rho.masked_fill(~goes_on, 0.0), rho, out=rho)
-    x_alpha, x_omega, beta = torch.stack([alpha * unit, omega * unit, beta]).to(dtype)[:, :, None]
-    return runs, Scales(x_alpha, x_omega, rounded[:, None], beta, ~goes_on[:, None])
+    torch.where(runs, next_rho.masked_fill_(~goes_on, 0.0), rho, out=rho)
+    scales = torch.stack([alpha * unit, omega * unit, omega, beta]).to(dtype)[:, :, None]
+    return runs, runs & ~goes_on, scales.unbind()
 
 
 def _outweighs(dot: Tensor, square: Tensor, other_square: Tensor, dtype: torch.dtype) -> Tensor:

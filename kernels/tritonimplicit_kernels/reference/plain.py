@@ -178,15 +178,14 @@ def pbicgstab_step(
     rr_out: Tensor,
 ) -> None:
     """Finish the iteration of each running system, with y = M p and z = M s."""
-    runs, scales = decide_step(
+    runs, fresh, scales = decide_step(
         shadow_dots, ss, half_dots, alpha, unit, threshold, state, rho, x.dtype
     )
-    assert scales.fresh is not None
-    _write(x, runs, x + y * scales.x_alpha + z * scales.x_omega)
-    _write(r, runs, r - t * scales.omega)
-    direction = r + (p - v * scales.omega) * scales.beta
-    _write(p, runs, torch.where(scales.fresh, r, direction))
-    _write(shadow, runs & scales.fresh[:, 0], r)
+    y_scale, z_scale, omega, beta = scales
+    _write(x, runs, x + y * y_scale + z * z_scale)
+    _write(r, runs, r - t * omega)
+    _write(p, runs, torch.where(fresh[:, None], r, r + (p - v * omega) * beta))
+    _write(shadow, fresh, r)
     _write_sums(rr_out, runs, row_squares(r) * unit * unit)
 
 
