@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonimplicit_kernels import ops, status
-from tritonimplicit_kernels.layout import SHAPES, dtype_of, shape_of
+from tritonimplicit_kernels.layout import MAX_DENSE, SHAPES, dtype_of, shape_of
 
 _VALUES = {
     "state": torch.tensor(status.RUNNING),
@@ -25,7 +25,7 @@ def arguments(
 ) -> dict[str, Tensor | int]:
     """Return the arguments of `op` by name: tensors of ones, but for what stops a system."""
     assert op in ops.SCHEMAS
-    sizes = {"B": batch, "ld": ld, "P": partials}
+    sizes = {"B": batch, "ld": ld, "P": partials, "n": MAX_DENSE}
     names = [a.name for a in getattr(torch.ops.tritonimplicit, op).default._schema.arguments]
     return {
         name: torch.ones(shape_of(name, sizes), dtype=dtype_of(name, dtype)) * _VALUES.get(name, 1)

@@ -159,6 +159,19 @@ class Backend(Protocol):
         """Do `tritonimplicit_kernels.pbicgstab_step`, unchecked."""
         ...
 
+    def dense_cg(
+        self,
+        a: Tensor,
+        rhs: Tensor,
+        threshold: Tensor,
+        maxiter: int,
+        solution: Tensor,
+        state: Tensor,
+        residual_sq: Tensor,
+    ) -> None:
+        """Do `tritonimplicit_kernels.dense_cg`, unchecked."""
+        ...
+
     def neumann_step(
         self,
         x: Tensor,

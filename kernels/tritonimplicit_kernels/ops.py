@@ -39,6 +39,8 @@ SCHEMAS: Final = {
     "pbicgstab_step": "Tensor(a!) x, Tensor(b!) r, Tensor(c!) p, Tensor(d!) shadow, Tensor y, "
     "Tensor z, Tensor v, Tensor t, Tensor shadow_dots, Tensor ss, Tensor half_dots, Tensor alpha, "
     "Tensor unit, Tensor threshold, Tensor state, Tensor(e!) rho, Tensor(f!) rr_out",
+    "dense_cg": "Tensor a, Tensor rhs, Tensor threshold, int maxiter, Tensor(a!) solution, "
+    "Tensor(b!) state, Tensor(c!) residual_sq",
 }
 
 
@@ -321,3 +323,29 @@ def pbicgstab_step(
         *(x, r, p, shadow, y, z, v, t, shadow_dots, ss, half_dots),
         *(alpha, unit, threshold, state, rho, rr_out),
     )
+
+
+def dense_cg(
+    a: Tensor,
+    rhs: Tensor,
+    threshold: Tensor,
+    maxiter: int,
+    solution: Tensor,
+    state: Tensor,
+    residual_sq: Tensor,
+) -> None:
+    """Solve small dense systems from zero by conjugate gradients, each whole solve in one launch.
+
+    The recurrence, its rules and its statuses are those of `cg_step`; on a GPU the matrix is read
+    once. A system is CONVERGED where the true residual b - A x, recomputed in float64, meets the
+    threshold or eps ‖b‖, and STAGNATED where only the recurrence's did.
+
+    a: (B, n, n), n from 1 to 128, symmetric (which is not checked) and positive or negative
+    definite (INDEFINITE where it is seen that it is not); rhs: (B, n); threshold: (B,) float64, the
+    squared residual norm at which a system has converged; solution: (B, n), NaN for a NON_FINITE
+    system, else the last iterate; state: (2, B) int32, statuses and iterations; residual_sq: (B,)
+    float64, the true one.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, device or stride.
+    """
+    torch.ops.tritonimplicit.dense_cg(a, rhs, threshold, maxiter, solution, state, residual_sq)

@@ -12,12 +12,14 @@ from torch import Tensor
 
 import tritonimplicit_kernels as kernels
 from tests.kernels.bicgstab_problems import BiCGSTAB, bicgstab, pbicgstab
+from tests.kernels.dense_problems import dense_cg
 from tests.kernels.problems import DTYPES, F64, Step, cg, neumann, pcg
 from tritonimplicit_kernels import reference
 
 CG_STEP = ("x", "r", "p", "ap", "dots", "rr", "state", "threshold", "maxiter")
 PCG_STEP = ("x", "r", "p", "ap", "d", "dots", "rr", "rz", "state", "threshold", "maxiter")
 NEUMANN_STEP = ("x", "ax", "b", "alpha", "rr", "state", "threshold", "limit", "maxiter")
+DENSE_CG = ("a", "rhs", "threshold", "maxiter", "solution", "state", "residual_sq")
 BICGSTAB_SCALARS = ("shadow_dots", "ss", "half_dots", "alpha", "unit", "threshold", "state", "rho")
 OUTPUTS = ("rr_out", "state_out", "residual_sq")
 ARGUMENTS = {
@@ -26,6 +28,7 @@ ARGUMENTS = {
     "pcg_dots": ("p", "ap", "d", "state", "dots"),
     "pcg_step": (*PCG_STEP, "rr_out", "rz_out", "state_out", "residual_sq"),
     "neumann_step": NEUMANN_STEP + OUTPUTS,
+    "dense_cg": DENSE_CG,
     "bicgstab_dots": ("shadow", "v", "state", "shadow_dots"),
     "bicgstab_half_step": (
         *("r", "v", "shadow_dots", "rho", "rr", "state", "threshold", "limit", "maxiter"),
@@ -41,6 +44,7 @@ MAKE = {
     "cg": cg,
     "pcg": pcg,
     "neumann": neumann,
+    "dense": dense_cg,
     "bicgstab": bicgstab,
     "pbicgstab": pbicgstab,
 }

@@ -8,6 +8,7 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is a dependency on Linux only")
 tl = triton.language
 
+from tests.kernels.dense_problems import dense_cg  # noqa: E402
 from tools import ops_table  # noqa: E402
 from tritonimplicit.linear_solve import CG, BiCGSTAB, FusedSolver, Jacobi, Neumann  # noqa: E402
 from tritonimplicit_kernels import ops  # noqa: E402
@@ -53,6 +54,13 @@ def test_a_solver_launches_its_iterations_ops(
     matrix = torch.linspace(0.5, 1.5, 20).diag() + 0.01  # with 20 eigenvalues: not solved in 3
     solver.solve(lambda v: matrix @ v, torch.linspace(1, 2, 20))
     assert launched == list(ops_table.ITERATIONS[method]) * 3
+
+
+def test_a_whole_solve_reads_its_matrix_once() -> None:
+    problem = dense_cg(2, 40, torch.float32)
+    counted = ops_table.count_on("dense_cg", vars(problem))
+    assert (counted.launches, counted.reads, counted.writes) == (1, 1, 0)
+    assert (problem.state[1] > 5).all()
 
 
 def test_the_docs_have_the_table_of_today() -> None:

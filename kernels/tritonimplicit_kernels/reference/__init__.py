@@ -12,6 +12,7 @@ from tritonimplicit_kernels.reference.bicgstab import (
     pbicgstab_step,
 )
 from tritonimplicit_kernels.reference.cg import cg_dots, cg_step
+from tritonimplicit_kernels.reference.dense_cg import dense_cg
 from tritonimplicit_kernels.reference.dots import row_dots, row_norms, row_weighted_squares
 from tritonimplicit_kernels.reference.neumann import neumann_step
 from tritonimplicit_kernels.reference.pcg import pcg_dots, pcg_step
@@ -23,6 +24,7 @@ __all__ = [
     "bicgstab_step",
     "cg_dots",
     "cg_step",
+    "dense_cg",
     "name",
     "neumann_step",
     "partial_count",

@@ -12,6 +12,7 @@ from tritonimplicit_kernels.triton.bicgstab_half_step import bicgstab_half_step
 from tritonimplicit_kernels.triton.bicgstab_step import bicgstab_step, pbicgstab_step
 from tritonimplicit_kernels.triton.cg_dots import _cg_dots_kernel, cg_dots
 from tritonimplicit_kernels.triton.cg_step import cg_step
+from tritonimplicit_kernels.triton.dense_cg import dense_cg
 from tritonimplicit_kernels.triton.launch import partial_count
 from tritonimplicit_kernels.triton.neumann_step import neumann_step
 from tritonimplicit_kernels.triton.pcg_dots import pcg_dots
@@ -25,6 +26,7 @@ __all__ = [
     "bicgstab_step",
     "cg_dots",
     "cg_step",
+    "dense_cg",
     "name",
     "neumann_step",
     "partial_count",
