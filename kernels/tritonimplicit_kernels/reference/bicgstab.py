@@ -24,17 +24,15 @@ def bicgstab_dots(shadow: Tensor, v: Tensor, state: Tensor, shadow_dots: Tensor)
         return plain.bicgstab_dots(shadow, v, state, shadow_dots)
     shadow_dots.zero_()
     for rows in row_groups(v, state[0] < 0):
-        tiles = [_shadow_products(*tile) for tile in column_tiles(*take(rows, shadow, v))]
-        sums = [row_sums(of_tiles) for of_tiles in zip(*tiles, strict=True)]
-        write_sums(shadow_dots, rows, torch.stack(sums))
+        tiles = column_tiles(*take(rows, shadow, v))
+        write_sums(shadow_dots, rows, row_sums(_shadow_products(*tile) for tile in tiles))
     return None
 
 
-def _shadow_products(shadow: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    room = scratch(v, 2)
-    shadow, v = widen(shadow, room[0]), widen(v, room[1])
-    shadow_sq = squares(shadow)
-    return products(shadow, v, room[0]), shadow_sq, squares(v)
+def _shadow_products(shadow: Tensor, v: Tensor) -> Tensor:
+    room = scratch(v)
+    shadow, v = widen(shadow, room.first), widen(v, room.second)
+    return torch.stack([products(shadow, v, room.third), squares(shadow), squares(v)])
 
 
 def bicgstab_half_step(
@@ -75,9 +73,9 @@ def bicgstab_half_step(
 
 def _half_update(tile: tuple[Tensor, ...], alpha: Tensor | float) -> Tensor:
     r, v = tile
-    room = scratch(r)[0]
-    r -= torch.mul(v, alpha, out=_as(r, room))  # apart from the sum, as in cg.py
-    return squares(widen(r, room))
+    room = scratch(r)
+    r -= torch.mul(v, alpha, out=room.vectors)  # apart from the sum, as in cg.py
+    return squares(widen(r, room.first))
 
 
 def bicgstab_half_dots(
@@ -88,19 +86,18 @@ def bicgstab_half_dots(
         return plain.bicgstab_half_dots(shadow, s, t, state, half_dots)
     half_dots.zero_()
     for rows in row_groups(s, state[0] < 0):
-        tiles = [_half_products(*tile) for tile in column_tiles(*take(rows, shadow, s, t))]
-        sums = [row_sums(of_tiles) for of_tiles in zip(*tiles, strict=True)]
-        write_sums(half_dots, rows, torch.stack(sums))
+        tiles = column_tiles(*take(rows, shadow, s, t))
+        write_sums(half_dots, rows, row_sums(_half_products(*tile) for tile in tiles))
     return None
 
 
-def _half_products(shadow: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-    room = scratch(s, 3)
-    s, t = widen(s, room[0]), widen(t, room[1])
-    ts, tt = products(t, s, room[2]), squares(t)
-    shadow = widen(shadow, room[2])
-    shadow_t = products(t, shadow, room[1])  # in the place of t, and then of s
-    return ts, tt, products(s, shadow, room[0]), shadow_t
+def _half_products(shadow: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    room = scratch(s)
+    s, t = widen(s, room.first), widen(t, room.second)
+    ts, tt = products(t, s, room.third), squares(t)
+    shadow = widen(shadow, room.third)
+    shadow_t = products(t, shadow, room.second)  # in the place of t, and then of s
+    return torch.stack([ts, tt, products(s, shadow, room.first), shadow_t])
 
 
 def bicgstab_step(
@@ -171,8 +168,8 @@ def _update(
 ) -> Tensor:
     x, r, p, shadow, y, z, v, t = tile
     y_scale, z_scale, omega, beta = scales
-    room = scratch(x)[0]
-    scaled = _as(x, room)
+    room = scratch(x)
+    scaled = room.vectors
     x += torch.mul(y, y_scale, out=scaled)
     x += torch.mul(z, z_scale, out=scaled)
     r -= torch.mul(t, omega, out=scaled)
@@ -181,9 +178,4 @@ def _update(
     if fresh is not None:
         torch.where(fresh[:, None], r, p, out=p)
         torch.where(fresh[:, None], r, shadow, out=shadow)
-    return squares(widen(r, room))
-
-
-def _as(tile: Tensor, room: Tensor) -> Tensor:
-    """Return float64 `room` as room for a tile of the vectors' dtype."""
-    return room.view(tile.dtype)[:, : tile.shape[1]]
+    return squares(widen(r, room.first))

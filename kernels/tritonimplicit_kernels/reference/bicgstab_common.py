@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tritonimplicit_kernels import status
-from tritonimplicit_kernels.reference.common import ONE_ITERATION
+from tritonimplicit_kernels.reference.common import go_on
 
 
 def advances_alone(
@@ -49,8 +49,7 @@ def advances_alone(
         return None
     alpha: float = (before or shadow_sq) / along
     alpha_out.fill_(alpha)
-    torch.add(state, ONE_ITERATION, out=state_out)
-    torch.sum(rr, -1, out=residual_sq)
+    go_on(rr, state, state_out, residual_sq)
     return alpha
 
 
