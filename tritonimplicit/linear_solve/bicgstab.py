@@ -23,12 +23,12 @@ from tritonimplicit.vectors import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class BiCGSTAB(FusedSolver):
-    """BiCGSTAB, for any nonsingular A; (A + ridge I) x = b. Two matvecs an iteration, 6 vectors.
+    """BiCGSTAB, for any nonsingular A; (A + ridge I) x = b. Two matvecs an iteration, 7 vectors.
 
     Four launches an iteration, with a preconditioner or without. Where a denominator vanishes, the
     method begins again with the residual as shadow residual; if that does not help, it is a
-    BREAKDOWN. `M` approximates the inverse of A and preconditions from the right, so that residuals
-    are those of A x = b; it may be any, and takes 2 vectors more.
+    BREAKDOWN. `M`, any approximation of the inverse of A, preconditions from the right, so that
+    residuals are those of A x = b.
 
     van der Vorst, "Bi-CGSTAB: a fast and smoothly converging variant of Bi-CG for the solution of
     nonsymmetric linear systems", SIAM J. Sci. Stat. Comput. 13, 1992.

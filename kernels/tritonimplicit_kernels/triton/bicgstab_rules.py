@@ -16,7 +16,6 @@ _NON_FINITE = tl.constexpr(status.NON_FINITE)
 _EPS_FP32 = tl.constexpr(2.0**-23)
 _EPS_FP64 = tl.constexpr(2.0**-52)
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -48,7 +47,7 @@ def stabilising(ts, tt, ss, needed, dtype: tl.constexpr):
     """
     useful = needed & outweighs(ts, tt, ss, dtype)
     omega = tl.where(useful, ts / tl.where(useful, tt, 1.0), 0.0)
-    omega = tl.where(needed & ~(tt < _INF), _NAN, omega)
+    omega = tl.where(needed & ~(tt < _INF), float("nan"), omega)
     return omega.to(dtype)
 
 

@@ -23,7 +23,6 @@ _NON_FINITE = tl.constexpr(status.NON_FINITE)
 _EPS_FP32 = tl.constexpr(2.0**-23)
 _EPS_FP64 = tl.constexpr(2.0**-52)
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 
 # Of the matrix a thread keeps, in words of 8 bytes: no kernel spills, and two programs fit a core.
 _WORDS: Final = 32
@@ -92,7 +91,7 @@ def _dense_cg_kernel(
     judged = code < _BREAKDOWN
     finite = (rr < _INF) & (largest < _INF)
     code = tl.where(judged & ~finite, _NON_FINITE, code)
-    x = tl.where(code == _NON_FINITE, _NAN, x)
+    x = tl.where(code == _NON_FINITE, float("nan"), x)
     tl.store(solution_ptr + b * n + lanes, x, mask=inside)
     tl.store(state_ptr + b, code)
     tl.store(state_ptr + tl.num_programs(0) + b, iterations)
