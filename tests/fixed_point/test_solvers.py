@@ -255,6 +255,29 @@ def test_the_best_iterate_is_kept(solver):
 
 
 @every_solver
+def test_each_sample_keeps_its_own_best_iterate(solver):
+    # Two samples without a fixed point, one that has one: their bests come at different times.
+    scale = torch.tensor([[-3.0, 4.0, 9.0], [0.5, -0.9, 0.2], [5.5, -8.0, 2.5]], dtype=DOUBLE)
+    expands = torch.tensor([[True], [False], [True]])
+    solver = with_fields(solver, maxiter=6, rtol=1e-12)
+    seen, residuals = [], []
+
+    def f(z):
+        image = torch.where(expands, scale * z.tanh() + 1 + z, 0.9 * (scale * z).sin() + 1)
+        seen.append(z.clone())
+        residuals.append(norms(image - z))
+        return image
+
+    solution = solver.solve(f, torch.ones_like(scale))
+    residuals = torch.stack(residuals)
+    best = residuals.argmin(0)
+    assert len(best.unique()) > 1
+    for i, k in enumerate(best.tolist()):
+        assert torch.equal(solution.value[i], seen[k][i])
+        torch.testing.assert_close(solution.residual_norm[i], residuals[k, i])
+
+
+@every_solver
 @pytest.mark.parametrize("check_every", [1, 3, 50])
 def test_polls_change_nothing(solver, check_every):
     _, b, f = contraction()
@@ -282,6 +305,17 @@ def test_a_blind_solve_reads_nothing(solver):
         z = blind(f, torch.zeros_like(b))
     assert reads.count == 0
     assert torch.equal(z, solver(f, torch.zeros_like(b)))
+
+
+@every_solver
+@pytest.mark.parametrize("check_every", [None, 1, 3, 7])
+def test_the_host_reads_the_polls_alone(solver, check_every):
+    _, b, f = contraction()
+    solver = with_fields(solver, check_every=check_every)
+    with Reads() as reads:
+        solution = solver.solve(f, torch.zeros_like(b))
+    iterations = int(solution.iterations.max())
+    assert reads.count <= -(-iterations // (check_every or 1)) + 1
 
 
 @pytest.mark.gpu

@@ -49,6 +49,12 @@ _ADVICE: Final = {
     Status.NON_FINITE: "met NaN or infinity in z0 or in f(z0): its value is all NaN",
 }
 
+_SINGLE_ELEMENTS: Final = (
+    ". By batch_ndim each element of z is a sample by itself here: a z without a batch needs "
+    "batch_ndim=0, in the linear solver too"
+)
+_TOLD_BY: Final = "`solver.solve(f, z0)`, or tritonimplicit.record_solves(),"
+
 
 @dataclass(frozen=True, kw_only=True)
 class FixedPointSolver(abc.ABC):
@@ -93,19 +99,22 @@ class FixedPointSolver(abc.ABC):
         and ConvergenceError if `on_failure` is "raise".
         """
         check_fields(type(self), overrides)
-        return dataclasses.replace(self, **overrides).solve_and_report(f, z0).value
+        solver = dataclasses.replace(self, **overrides)
+        solution = solver.solve(f, z0)
+        solver.report(solution)
+        return solution.value
 
-    def solve_and_report(self, f: Map, z0: TensorTree) -> Solution:
-        """`solve`, with failures reported as `on_failure` says."""
-        solution = self.solve(f, z0)
-        if self.on_failure != "ignore":
-            free = self.rtol == 0 and self.atol == 0
-            expected = frozenset({Status.MAX_ITERATIONS}) if free else frozenset()
-            present = statuses_in(solution.status)
-            report_failures(
-                solution, present, expected, self.on_failure, _ADVICE, call="solve(f, z0)"
-            )
-        return solution
+    def report(self, solution: Solution, told_by: str = _TOLD_BY) -> None:
+        """Do what `on_failure` says of the samples that failed; `told_by` knows more of them."""
+        if self.on_failure == "ignore":
+            return
+        free = self.rtol == 0 and self.atol == 0
+        expected = frozenset({Status.MAX_ITERATIONS}) if free else frozenset()
+        advice, leaves = dict(_ADVICE), optree.tree_leaves(solution.value)
+        if self.batch_ndim and all(leaf.ndim == self.batch_ndim for leaf in leaves):
+            advice[Status.MAX_ITERATIONS] += _SINGLE_ELEMENTS
+        present = statuses_in(solution.status)
+        report_failures(solution, present, expected, self.on_failure, advice, told_by)
 
     def solve(self, f: Map, z0: TensorTree) -> Solution:
         """Return z with z = f(z) and what became of each sample; never warns.
@@ -121,6 +130,14 @@ class FixedPointSolver(abc.ABC):
             RuntimeError: f changes its argument in place, or a torch.func transform is at work on
                 z0 or f's result.
         """
+        return self._solve(f, z0)[0]
+
+    def in_graphs(self) -> bool:
+        """No: f is anything that the user gives, dropout and Python included."""
+        return False
+
+    def _solve(self, f: Map, z0: TensorTree) -> tuple[Solution, Iteration]:
+        """`solve`, and the iteration as it has ended."""
         if not callable(f):
             raise TypeError(f"f must be a function z -> f(z), not a {type(f).__name__}.")
         layout = Layout.of(z0, self.batch_ndim, "z0")
@@ -131,11 +148,7 @@ class FixedPointSolver(abc.ABC):
             iterate(self, iteration, self.maxiter)
             solution = self._solution(iteration, layout)
         record(solution)
-        return solution
-
-    def in_graphs(self) -> bool:
-        """No: f is anything that the user gives, dropout and Python included."""
-        return False
+        return solution, iteration
 
     @abc.abstractmethod
     def _iteration(self, f: RowMatvec, z: Tensor) -> Iteration:
