@@ -197,6 +197,24 @@ def test_a_sample_that_diverges_does_not_touch_the_others(solver, bad):
 
 
 @every_solver
+def test_samples_that_depend_on_each_other_are_found_out(solver):
+    # The first stops at once, at a fixed point that the second moves away from it.
+    def f(z):
+        return torch.stack([0.5 * z[0] + z[1], 0.5 * z[1].cos() + 0.2])
+
+    z0 = torch.zeros(2, 3, dtype=DOUBLE)
+    solution = solver.solve(f, z0)
+    assert solution.status.tolist() == [Status.STAGNATED, Status.CONVERGED]
+    residual = norms(f(solution.value) - solution.value)
+    torch.testing.assert_close(solution.residual_norm, residual)
+    assert residual[0] > 0.1
+    with pytest.warns(ti.ConvergenceWarning, match="depend on each other"):
+        solver(f, z0)
+    whole = with_fields(solver, batch_ndim=0).solve(f, z0)
+    assert whole.status == Status.CONVERGED
+
+
+@every_solver
 def test_nan_in_one_start(solver):
     _, b, f = contraction()
     z0 = torch.zeros_like(b)

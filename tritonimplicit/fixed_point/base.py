@@ -40,7 +40,13 @@ Map: TypeAlias = Callable[[TensorTree], TensorTree]
 _ADVICE: Final = {
     Status.MAX_ITERATIONS: (
         "did not converge in maxiter iterations: raise maxiter, loosen rtol/atol, use another "
-        "solver, or make f more of a contraction; the value is the best iterate"
+        "solver, or make f more of a contraction; the value is the best iterate. Samples that "
+        "depend on each other (BatchNorm in training, a z without a batch) need fewer batch_ndim"
+    ),
+    Status.STAGNATED: (
+        "converged by itself, and not with the others in their last state: samples of this batch "
+        "depend on each other (BatchNorm in training, a z without a batch), and need fewer "
+        "batch_ndim, in the linear solver too"
     ),
     Status.DIVERGED: (
         "diverged to NaN or infinity: use Anderson or Broyden, or make f more of a contraction; "
@@ -49,10 +55,6 @@ _ADVICE: Final = {
     Status.NON_FINITE: "met NaN or infinity in z0 or in f(z0): its value is all NaN",
 }
 
-_SINGLE_ELEMENTS: Final = (
-    ". By batch_ndim each element of z is a sample by itself here: a z without a batch needs "
-    "batch_ndim=0, in the linear solver too"
-)
 _TOLD_BY: Final = "`solver.solve(f, z0)`, or tritonimplicit.record_solves(),"
 
 
@@ -110,18 +112,16 @@ class FixedPointSolver(abc.ABC):
             return
         free = self.rtol == 0 and self.atol == 0
         expected = frozenset({Status.MAX_ITERATIONS}) if free else frozenset()
-        advice, leaves = dict(_ADVICE), optree.tree_leaves(solution.value)
-        if self.batch_ndim and all(leaf.ndim == self.batch_ndim for leaf in leaves):
-            advice[Status.MAX_ITERATIONS] += _SINGLE_ELEMENTS
         present = statuses_in(solution.status)
-        report_failures(solution, present, expected, self.on_failure, advice, told_by)
+        report_failures(solution, present, expected, self.on_failure, _ADVICE, told_by)
 
     def solve(self, f: Map, z0: TensorTree) -> Solution:
         """Return z with z = f(z) and what became of each sample; never warns.
 
         `residual_norm` is ‖f(z) - z‖ of the z that is returned. The status is CONVERGED,
-        MAX_ITERATIONS, DIVERGED (NaN or infinity on the way: `value` is the best iterate) or
-        NON_FINITE (already at z0: `value` is all NaN).
+        MAX_ITERATIONS, DIVERGED (NaN or infinity on the way: `value` is the best iterate),
+        NON_FINITE (already at z0: `value` is all NaN), or STAGNATED: the sample had converged when
+        it stopped, and has not where the others have come to, so f mixes the samples.
 
         Raises:
             TypeError: an f that is no function; a leaf of z0 or of f's result that is no real
@@ -163,6 +163,11 @@ class FixedPointSolver(abc.ABC):
         status = status.masked_fill(failed & ~never, codes.DIVERGED)
         z = torch.where(converged[:, None], iteration.z, iteration.best)
         norm = torch.where(converged, progress.residual_sq.sqrt(), iteration.best_norm)
+        # Those that had stopped were evaluated to the end, beside the others. Twice the tolerance,
+        # because f need not be bitwise repeatable.
+        unfounded = converged & ~(iteration.norm <= 2 * iteration.tolerance)
+        status = status.masked_fill(unfounded, codes.STAGNATED)
+        norm = torch.where(unfounded, iteration.norm, norm)
         history = progress.history
         return Solution(
             value=optree.tree_map(
