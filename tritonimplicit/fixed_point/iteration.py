@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class Iteration(abc.ABC):
     """z (B, ld) and residual f(z) - z; `best` has had the least residual norm, `best_norm` (B,).
 
-    `norm` and `tolerance` (B,) are those of the last evaluation, of frozen samples too. A step costs one evaluation of f, and every residual is the true one of its z. The vectors of a
-    frozen sample other than z may turn to anything.
+    `norm` and `tolerance` (B,) are those of the last evaluation, of frozen samples too. A step
+    costs one evaluation of f, and every residual is the true one of its z. The vectors of a frozen
+    sample other than z may turn to anything.
     """
 
     def __init__(self, solver: FixedPointSolver, f: RowMatvec, z: Tensor):

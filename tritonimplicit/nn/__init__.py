@@ -5,6 +5,7 @@ from tritonimplicit.nn.correction import fixed_point_correction
 from tritonimplicit.nn.deq import DEQ
 from tritonimplicit.nn.equilibrium import Equilibrium
 from tritonimplicit.nn.gradients import JFB, SHINE, Implicit, Phantom, Unrolled
+from tritonimplicit.nn.normalisation import spectral_norm, weight_norm
 from tritonimplicit.nn.stability import jacobian_penalty, spectral_radius
 from tritonimplicit.nn.warm_start import WarmStart
 
@@ -20,5 +21,7 @@ __all__ = [
     "WarmStart",
     "fixed_point_correction",
     "jacobian_penalty",
+    "spectral_norm",
     "spectral_radius",
+    "weight_norm",
 ]
