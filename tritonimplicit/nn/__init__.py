@@ -7,6 +7,7 @@ from tritonimplicit.nn.equilibrium import Equilibrium
 from tritonimplicit.nn.gradients import JFB, SHINE, Implicit, Phantom, Unrolled
 from tritonimplicit.nn.normalisation import spectral_norm, weight_norm
 from tritonimplicit.nn.stability import jacobian_penalty, spectral_radius
+from tritonimplicit.nn.torchdeq import torchdeq_solver
 from tritonimplicit.nn.warm_start import WarmStart
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "jacobian_penalty",
     "spectral_norm",
     "spectral_radius",
+    "torchdeq_solver",
     "weight_norm",
 ]
