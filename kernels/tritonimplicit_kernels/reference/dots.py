@@ -1,7 +1,7 @@
 """Sums along rows, in float64 and in an order that only the row's length decides.
 
-Short rows are added up many at once, by sums too short for torch to split among threads; each tile
-of a long row by BLAS, in memory that always begins at a multiple of 64 bytes; tiles in their order.
+Rows are added up many at once, in chunks too short for torch to split among threads; each tile of
+a long row by BLAS, in memory that always begins at a multiple of 64 bytes; tiles in their order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from torch import Tensor
 
 from tritonimplicit_kernels.reference.tiles import TILE, column_tiles, row_groups, take
 
-SHORT: Final = 2048
+CHUNK: Final = 512
+"""Elements that torch adds up in one thread, whatever else it has to add up."""
+LONG: Final = 2**15
+"""Elements of a row from which BLAS, a call a row, is faster."""
 _ALIGNMENT: Final = 8
 """In float64 numbers: 64 bytes."""
 
@@ -51,19 +54,33 @@ def widen(tile: Tensor, room: Tensor) -> Tensor:
 
 def products(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
     """Return a.b of each row of widened tiles as (R,); `room` may be where `a` lies."""
-    if a.shape[1] <= SHORT:
-        return torch.mul(a, b, out=room).sum(1)
+    if a.shape[1] < LONG:
+        return _by_chunk(Tensor.sum, torch.mul(a, b, out=room))
     sums = [torch.dot(x, y).tolist() for x, y in zip(a.unbind(), b.unbind(), strict=True)]
     return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
 
 def squares(a: Tensor) -> Tensor:
     """Return a.a of each row of a widened tile as (R,)."""
-    if a.shape[1] <= SHORT:
-        # The norm reads once what a product and its sum would read and write twice.
-        norms: Tensor = torch.linalg.vector_norm(a, dim=1)
-        return norms.square_()
+    if a.shape[1] < LONG:
+        return _by_chunk(_square_sum, a)
     return products(a, a, a)
+
+
+def _square_sum(a: Tensor, dim: int) -> Tensor:
+    # The norm reads once what a product and its sum would read and write twice.
+    norms: Tensor = torch.linalg.vector_norm(a, dim=dim)
+    return norms.square_()
+
+
+def _by_chunk(sums: Callable[..., Tensor], a: Tensor) -> Tensor:
+    """Return the sums along each row of `a` (R, W) as (R,), `sums` being those along a chunk."""
+    width = a.shape[1]
+    if width <= CHUNK:
+        return sums(a, 1)
+    whole = width // CHUNK * CHUNK
+    total = sums(a[:, :whole].unflatten(1, (-1, CHUNK)), 2).sum(1)
+    return total if whole == width else total.add_(sums(a[:, whole:], 1))
 
 
 def weighted_squares(a: Tensor, weights: Tensor, room: Tensor) -> Tensor:
