@@ -356,6 +356,26 @@ def test_a_blind_solve_never_synchronises(solver):
     torch.testing.assert_close(z, with_fields(solver)(f, torch.zeros_like(b)))
 
 
+@pytest.mark.gpu
+@every_solver
+def test_polls_on_a_gpu_do_not_wait_for_the_device(solver):
+    a, b, _ = contraction()
+    a, b = a.cuda(), b.cuda()
+    polled = with_fields(solver, check_every=2, on_failure="ignore")
+
+    def f(z):
+        return 0.5 * torch.tanh(a * z) + b
+
+    expected = polled(f, torch.zeros_like(b))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        z = polled(f, torch.zeros_like(b))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(z, expected)
+
+
 # -- structures and precisions ---------------------------------------------------------------------
 
 

@@ -191,6 +191,27 @@ def test_dropout_draws_one_mask_as_one_evaluation_does():
     assert not torch.equal(z, deq(x))  # another mask
 
 
+@pytest.mark.gpu
+def test_dropout_on_a_gpu_draws_one_mask():
+    cell, x = problem(nn.Dropout(0.5))
+    cell, x = cell.cuda(), x.cuda()
+    deq = DEQ(cell, solver=TIGHT, gradient=EXACT)
+    torch.manual_seed(3)
+    state = torch.cuda.get_rng_state()
+    z = deq(x)
+    after = torch.cuda.get_rng_state()
+    got = gradients(z, *cell.parameters())
+
+    def fixed(z):
+        torch.cuda.set_rng_state(state)
+        return cell(z, x)
+
+    expected = unrolled(fixed, torch.zeros_like(x))
+    assert torch.equal(torch.cuda.get_rng_state(), after)
+    assert_same([z], [expected])
+    assert_same(got, gradients(expected, *cell.parameters()))
+
+
 def test_spectral_norm_does_one_power_iteration():
     cell, x = problem()
     nn.utils.parametrizations.spectral_norm(cell.w)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import optree
 import pytest
 import torch
 from torch import nn
@@ -57,6 +58,15 @@ def test_its_answer_is_nearer_than_jfbs_and_tells_its_residual():
     assert (shine - exact).norm() < (jfb - exact).norm()
     assert told.solver == "Neumann" and (told.iterations == 0).all()
     assert (told.residual_norm > 1e-6).all()
+
+
+def test_one_step_of_gmres_brings_the_answer_to_the_length_of_least_residual():
+    ways = SHINE(), SHINE(GMRES(batch_ndim=1, maxiter=1))
+    found = {told.solver: told for told in (gradient(way)[1] for way in ways)}
+    assert (found["GMRES"].residual_norm < found["Neumann"].residual_norm).all()
+    shine, gmres = (optree.tree_leaves(found[name].value)[0] for name in ("Neumann", "GMRES"))
+    ratio = (shine * gmres).sum(1) / shine.square().sum(1)
+    torch.testing.assert_close(gmres, ratio[:, None] * shine, rtol=1e-10, atol=1e-10)
 
 
 def test_as_a_preconditioner_it_saves_vjps_and_the_gradient_is_exact():

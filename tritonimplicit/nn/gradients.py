@@ -63,15 +63,19 @@ class SHINE:
     The solver must be `Broyden`, and its `memory` should hold all its iterations: where it begins
     again, what it knew is lost. Its low-rank inverse of I - J, transposed, is the preconditioner
     `M` of `solve`, one of the iterative solvers of `linear_solve` that take any matrix. The default
-    takes the inverse at its word, without a solve: one vjp tells `deq.last.backward` the residual.
-    With `GMRES(batch_ndim=1, rtol=1e-3)` the gradient is exact, in fewer vjps. The inverse lives
-    until the backward pass: 2 vectors an iteration. First derivatives in reverse mode.
+    takes the inverse at its word, whatever residual is left: one vjp tells it to
+    `deq.last.backward`. For the same vjp, `GMRES(batch_ndim=1, maxiter=1)` brings each answer to
+    the length of least residual. With `GMRES(batch_ndim=1, rtol=1e-3)` the gradient is exact, in
+    fewer vjps. The inverse lives until the backward pass: 2 vectors an iteration. First derivatives
+    in reverse mode.
 
     Ramzi, Mannel, Bai, Starck, Ciuciu and Moreau, "SHINE: sharing the inverse estimate from the
     forward pass for bi-level optimization and implicit models", ICLR 2022.
     """
 
-    solve: IterativeSolver = field(default_factory=lambda: Neumann(batch_ndim=1, maxiter=0))
+    solve: IterativeSolver = field(
+        default_factory=lambda: Neumann(batch_ndim=1, maxiter=0, on_failure="ignore")
+    )
 
     def __post_init__(self) -> None:
         """Check the field."""
