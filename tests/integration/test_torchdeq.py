@@ -218,6 +218,20 @@ def test_misuse():
         torchdeq_solver(Picard())(torch.cos, torch.zeros(3), stop_mode="both")
 
 
+def test_the_same_penalty_and_correction():
+    torch.manual_seed(0)
+    cell, x = Cell(), torch.randn(4, 6)
+    z = torch.randn(4, 6, requires_grad=True)
+    torch.manual_seed(1)
+    theirs = torchdeq.loss.jac_reg(cell(z, x), z)
+    torch.manual_seed(1)
+    torch.testing.assert_close(ti.nn.jacobian_penalty(lambda z: cell(z, x), z), theirs)
+    states = [torch.randn(4, 6) for _ in range(3)]
+    theirs = torchdeq.loss.fp_correction(lambda z: z.square().mean(), (states,), gamma=0.7)
+    ours = ti.nn.fixed_point_correction(lambda z: z.square().mean(), states, decay=0.7)
+    torch.testing.assert_close(ours, theirs)
+
+
 BLOCKS = [block for page in PAGES for block in python_blocks(page) if "import torchdeq" in block]
 
 

@@ -26,7 +26,8 @@ class WarmStart:
     It holds `size` samples of z, in z's dtypes and on its device, and as many of u with `adjoint`.
     Sample i lies in place i mod `size`, where it replaces another: give the number of samples as
     `size`, and none is lost. It is a cache: no part of a `state_dict()`, empty in copies and
-    pickles, and it follows z to another device or dtype. torch.func transforms start from what
+    pickles, and it follows z to another device or dtype; of several processes each remembers what
+    it has seen itself. torch.func transforms start from what
     there is and add nothing to it.
     """
 
