@@ -28,7 +28,8 @@ class Status(enum.IntEnum):
     MAX_ITERATIONS = codes.MAX_ITERATIONS
     """`maxiter` iterations are done and the tolerance is not met; the value is the last iterate."""
     STAGNATED = codes.STAGNATED
-    """The recurrence met the tolerance, the true residual does not: rounding is the limit."""
+    """The recurrence met the tolerance, the true residual does not: rounding is the limit, or
+    systems of a batch depend on each other."""
     BREAKDOWN = codes.BREAKDOWN
     """A denominator vanished (the matrix is singular, or nearly so, along the search direction)."""
     INDEFINITE = codes.INDEFINITE

@@ -123,7 +123,7 @@ def test_it_shortens_the_way():
         (
             lambda deq, x: DEQ(deq.layer, gradient=Unrolled(9))(x, corrections=(1,)),
             ValueError,
-            "Unrolled has no solver's iterates",
+            "which Unrolled has not",
         ),
         (lambda deq, x: DEQ(deq.layer, gradient=SHINE())(x), TypeError, "Broyden"),
     ],

@@ -115,7 +115,7 @@ def test_the_best_iterate_of_an_unfinished_one_is_kept():
     solver = Picard(batch_ndim=1, rtol=1e-6, maxiter=5, on_failure="ignore")
     deq = DEQ(lambda z, x: 0.5 * z + x, solver=solver, warm_start=WarmStart(1))
     residuals = []
-    for _ in range(4):
+    for _ in range(3):
         deq(torch.ones(1, 2), index=numbers(0))
         residuals.append(deq.last.forward.residual_norm.item())
     assert all(later < earlier / 30 for earlier, later in itertools.pairwise(residuals))
@@ -164,6 +164,20 @@ def test_it_follows_the_dtype():
     deq(x, index=index)
     deq.float().solver = Anderson(batch_ndim=1, rtol=1e-5)
     assert deq(x.float(), index=index).dtype is torch.float32
+    assert iterations(deq) == [0] * 4
+
+
+def test_in_and_out_of_inference_mode():
+    deq, x = problem(adjoint=True)
+    index = torch.arange(4)
+    with torch.inference_mode():
+        deq(x, index=index)
+    deq(2 * x, index=index).sum().backward()
+    with torch.inference_mode():
+        deq.float()(x.float(), index=index)
+    deq.double()(x, index=index).sum().backward()
+    with torch.no_grad():
+        deq(x, index=index)
     assert iterations(deq) == [0] * 4
 
 

@@ -15,7 +15,7 @@ from tritonimplicit.linear_solve.iterative import IterativeSolver
 from tritonimplicit.nn.correction import check_iterations
 from tritonimplicit.nn.equilibrium import Equilibrium, Problem
 from tritonimplicit.nn.fixed_layer import FixedLayer
-from tritonimplicit.nn.gradients import Gradient, Implicit
+from tritonimplicit.nn.gradients import Gradient, Implicit, Unrolled
 from tritonimplicit.nn.warm_start import Starts, WarmStart
 from tritonimplicit.torch_internals import transforms_active, untraced
 
@@ -89,14 +89,17 @@ class DEQ(nn.Module):
         raise it.
         """
         check_iterations(corrections)
+        if corrections and isinstance(self.gradient, Unrolled):
+            raise ValueError("corrections are of a solver's iterates, which Unrolled has not.")
         start: Any = _zeros_like(x) if z0 is None else optree.tree_map(Tensor.detach, z0)
         leaves = optree.tree_leaves(start)
         f = FixedLayer(self.layer, leaves[0].device if leaves else torch.device("cpu"))
         inputs = (x, *args)
         tensors = f.tensors(inputs)
         self.last = last = Equilibrium(_f=f, _tensors=_detached(tensors))
-        starts = None if index is None else self._starts(index, start)
-        start = start if starts is None else starts.z
+        starts = None
+        if index is not None:
+            start, starts = self._starts(index, start)
         problem = Problem(f, tensors, start, self.solver, last, starts, tuple(corrections))
         try:
             z = self.gradient.equilibrium(problem)
@@ -115,7 +118,7 @@ class DEQ(nn.Module):
         f.settle(_detached(z), inputs)
         return (*states, z) if states else z
 
-    def _starts(self, index: Tensor, z0: TensorTree) -> Starts:
+    def _starts(self, index: Tensor, z0: TensorTree) -> tuple[TensorTree, Starts]:
         if self.warm_start is None:
             raise ValueError(
                 "index numbers samples for warm starts, which this DEQ has not: "
@@ -129,7 +132,8 @@ class DEQ(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings."""
-        return f"solver={self.solver}, gradient={self.gradient}"
+        warm = "" if self.warm_start is None else f", warm_start={self.warm_start}"
+        return f"solver={self.solver}, gradient={self.gradient}{warm}"
 
 
 def _check_warm_start(warm_start: object, gradient: object) -> None:

@@ -160,8 +160,6 @@ class Unrolled:
 
     def equilibrium(self, problem: Problem) -> TensorTree:
         """Return the last iterate."""
-        if problem.corrections:
-            raise ValueError("Unrolled has no solver's iterates to correct: it is exact at each.")
         z = problem.iterate(problem.z0, self.steps, damping=1.0)
         settings = {f.name: getattr(problem.solver, f.name) for f in dataclasses.fields(Picard)}
         judge = Picard(**{**settings, "maxiter": 0})

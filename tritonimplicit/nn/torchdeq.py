@@ -34,10 +34,10 @@ def torchdeq_solver(solver: FixedPointSolver | IterativeSolver) -> Callable[...,
 
     A fixed-point solver can be torchdeq's `f_solver` or `b_solver`; a linear solver, such as
     `GMRES(batch_ndim=1)`, its `b_solver`, whose map y -> J^T y + g is affine: it takes one vjp to
-    ask for g, and one to see that the map is affine. torchdeq's
-    max_iter, tol and stop_mode ("abs" or "rel", which for a linear solver is relative to ‖g‖) take
-    the places of maxiter, atol and rtol; the other fields are the solver's.
-    Where that does not converge, `on_failure` says what happens.
+    ask for g, and one to see that the map is affine. torchdeq's max_iter, tol and stop_mode ("abs",
+    or "rel", which for a linear solver is relative to ‖g‖) take the places of maxiter, atol and
+    rtol; the other fields are the solver's. Where that does not converge, `on_failure` says what
+    happens.
 
     Of torchdeq's statistics, abs_lowest, rel_lowest (relative to ‖z‖) and nstep are those of the
     result, the traces have that one entry; "status" is added. With batch_ndim=0 they are the whole

@@ -26,9 +26,8 @@ class WarmStart:
     It holds `size` samples of z, in z's dtypes and on its device, and as many of u with `adjoint`.
     Sample i lies in place i mod `size`, where it replaces another: give the number of samples as
     `size`, and none is lost. It is a cache: no part of a `state_dict()`, empty in copies and
-    pickles, and it follows z to another device or dtype; of several processes each remembers what
-    it has seen itself. torch.func transforms start from what
-    there is and add nothing to it.
+    pickles, and it follows z to another device or dtype. Of several processes each remembers what
+    it has seen itself. torch.func transforms start from what there is and add nothing to it.
     """
 
     def __init__(self, size: int, *, adjoint: bool = False):
@@ -44,13 +43,15 @@ class WarmStart:
         """Forget all samples."""
         self._z, self._u = _Table(self.size), _Table(self.size)
 
-    def starts(self, index: Tensor, z0: TensorTree) -> Starts:
-        """Return the starts of the samples numbered by `index`, new ones at z0.
+    def starts(self, index: Tensor, z0: TensorTree) -> tuple[TensorTree, Starts]:
+        """Return where the samples numbered by `index` start, new ones at z0, and their `Starts`.
 
         Raises TypeError or ValueError for an index that does not number the samples of z0.
         """
-        index = _checked(index, optree.tree_leaves(z0))
-        return Starts(index, z0, self._z, self._u if self.adjoint else None)
+        leaves, spec = optree.tree_flatten(z0)
+        index = _checked(index, leaves)
+        z = optree.tree_unflatten(spec, self._z.fetch(index, leaves))
+        return z, Starts(index, leaves, self._z, self._u if self.adjoint else None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the samples out."""
@@ -61,14 +62,12 @@ class WarmStart:
 
 
 class Starts:
-    """Where the samples of a batch start, and where their solutions go.
+    """Where the solutions of a batch go, and where its adjoints start.
 
     `u` are the leaves of the last adjoints, zero for new samples; None if there is none at all.
     """
 
-    def __init__(self, index: Tensor, z0: TensorTree, z: _Table, u: _Table | None):
-        leaves, spec = optree.tree_flatten(z0)
-        self.z: TensorTree = optree.tree_unflatten(spec, z.fetch(index, leaves))
+    def __init__(self, index: Tensor, leaves: list[Tensor], z: _Table, u: _Table | None):
         self.u: tuple[Tensor, ...] | None = None
         if u is not None and not u.empty:
             self.u = tuple(u.fetch(index, [torch.zeros_like(leaf) for leaf in leaves]))
@@ -115,6 +114,7 @@ class _Table:
         pairs = zip(self._values, otherwise, strict=True)
         return [torch.where(_along(known, leaf), table[places], leaf) for table, leaf in pairs]
 
+    @torch.inference_mode(False)  # whose tensors could not be written to outside of it
     def store(self, index: Tensor, values: list[Tensor], status: Tensor) -> None:
         """Remember the samples whose solve came to something, forget those of the rest."""
         if self.empty:
@@ -132,6 +132,7 @@ class _Table:
         for table, leaf in zip(self._values, values, strict=True):
             table[places] = leaf.detach()[winner]
 
+    @torch.inference_mode(False)
     def _follow(self, like: list[Tensor]) -> None:
         """Move to the device and the dtypes of these values."""
         shapes = [tuple(leaf.shape[1:]) for leaf in like]
