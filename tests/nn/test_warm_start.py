@@ -7,9 +7,11 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from tritonimplicit import Status
+from tritonimplicit import Solution, Status
 from tritonimplicit.fixed_point import Anderson, Broyden, Picard
 from tritonimplicit.linear_solve import GMRES
 from tritonimplicit.nn import DEQ, JFB, SHINE, Implicit, Unrolled, WarmStart
@@ -191,6 +193,35 @@ def test_it_follows_the_device():
     z.sum().backward()
     assert z.is_cuda and max(iterations(deq)) <= 1
     assert (deq.last.backward.iterations <= 1).all()
+
+
+batches = st.lists(
+    st.tuples(st.integers(-9, 9), st.sampled_from([0, 1, Status.DIVERGED])), min_size=1, max_size=6
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(size=st.integers(1, 5), stored=st.lists(batches, max_size=5), asked=batches)
+def test_places_are_those_of_a_dictionary(size, stored, asked):
+    warm, places = WarmStart(size), {}
+    value = 0.0
+    for batch in stored:
+        index = torch.tensor([number for number, _ in batch])
+        status = torch.tensor([code for _, code in batch], dtype=torch.int32)
+        z = torch.arange(value, value + len(batch))[:, None]
+        _, starts = warm.starts(index, torch.zeros_like(z))
+        starts.keep(Solution(z, status, status, status.double(), "Picard"))
+        for (number, code), own in zip(batch, z[:, 0].tolist(), strict=True):
+            places[number % size] = (number, own) if code != Status.DIVERGED else None
+        value += len(batch)
+    index = torch.tensor([number for number, _ in asked])
+    got, _ = warm.starts(index, torch.full((len(asked), 1), -1.0))
+    known = [places.get(number % size) for number, _ in asked]
+    expected = [
+        own[1] if own is not None and own[0] == number else -1.0
+        for own, (number, _) in zip(known, asked, strict=True)
+    ]
+    assert got[:, 0].tolist() == expected
 
 
 # -- the adjoint -----------------------------------------------------------------------------------
