@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench import batched, hypergradient, memory, steps
+from bench import batched, deq_memory, hypergradient, memory, steps
 from bench.case import Case
 
 CASES: tuple[Case, ...] = (
@@ -12,6 +12,7 @@ CASES: tuple[Case, ...] = (
     *batched.CASES,
     *steps.CASES,
     *memory.CASES,
+    *deq_memory.CASES,
 )
 
 
