@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench import batched, hypergradient, memory, steps
+from bench import (
+    batched,
+    deq,
+    hypergradient,
+    hyperparameter,
+    memory,
+    scaling,
+    solvers,
+    steps,
+)
 from bench.case import Case
 
 CASES: tuple[Case, ...] = (
     *hypergradient.CASES,
     *batched.CASES,
+    *hyperparameter.CASES,
+    *deq.CASES,
+    *solvers.CASES,
+    *scaling.CASES,
     *steps.CASES,
     *memory.CASES,
 )

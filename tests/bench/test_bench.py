@@ -33,7 +33,8 @@ def always(*answer):
 
 
 def problem(*entries, goal=None, vector_bytes=None):
-    return Problem("a test", (RIGHT,), 1e-3, entries, goal=goal, vector_bytes=vector_bytes)
+    goals = [] if goal is None else [goal]
+    return Problem("a test", (RIGHT,), 1e-3, entries, goals=goals, vector_bytes=vector_bytes)
 
 
 def rows_of(problem):
