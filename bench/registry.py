@@ -27,6 +27,21 @@ CASES: tuple[Case, ...] = (
     *memory.CASES,
 )
 
+ABOUT = {
+    "hypergradient": "One iMAML hypergradient of a small network: the backward pass alone.",
+    "batched": "iMAML hypergradients of many small tasks at a time: one batched solve, or a loop.",
+    "hyperparameter": "Gradients by the penalties of ridge and logistic regression, and how fast "
+    "each method comes to the exact one.",
+    "deq": "Trained deep equilibrium models: one system a sample. torchdeq stops by other "
+    "residuals than the true one, so each of its solvers is told the least number of iterations "
+    "that reaches it, which a user does not know; `default` is what it does when not told.",
+    "solvers": "Dense systems from benign to vicious, each library asked for 1e-8 by its own test.",
+    "scaling": "How the time of 20 CG iterations grows.",
+    "steps": "One CG iteration without its matvec.",
+    "memory": "Peak memory of a solve, beyond b and the operator.",
+}
+"""A family in a sentence."""
+
 
 def select(names: Sequence[str]) -> list[Case]:
     """The cases and families of these names, or all; ValueError for a name of neither."""

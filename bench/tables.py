@@ -46,9 +46,14 @@ def footnote(case: CaseResult) -> str:
     return "; ".join(facts)
 
 
+def figures_of(case: CaseResult) -> tuple[str, ...]:
+    """The names of all that any row tells besides."""
+    return tuple(dict.fromkeys(name for row in case.rows for name in row.figures))
+
+
 def cells(case: CaseResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The table's columns and rows, as text."""
-    figures = tuple(dict.fromkeys(name for row in case.rows for name in row.figures))
+    figures = figures_of(case)
     rows = [_cells(row, figures, case.peak_unit) for row in case.rows]
     return (*BEFORE, *figures, *AFTER), rows
 
@@ -61,16 +66,20 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} µs"
 
 
+def spread(row: Row) -> str:
+    """The 20th and the 80th percentile."""
+    if row.p20 is None or row.p80 is None:
+        return ""
+    return f"{duration(row.p20)} – {duration(row.p80)}"
+
+
 def _cells(row: Row, figures: tuple[str, ...], peak_unit: str) -> tuple[str, ...]:
-    spread = (
-        "" if row.p20 is None or row.p80 is None else f"{duration(row.p20)} – {duration(row.p80)}"
-    )
     return (
         row.provider,
         "" if row.error is None else f"{row.error:.1e}",
         *(f"{row.figures[name]:.5g}" if name in row.figures else "" for name in figures),
         "" if row.median is None else duration(row.median),
-        spread,
+        spread(row),
         "" if row.relative is None else f"{row.relative:.2f}",
         "" if row.matvecs is None else str(row.matvecs),
         "" if row.peak is None else f"{row.peak:.2f} {peak_unit}",

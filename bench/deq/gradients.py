@@ -184,8 +184,9 @@ def tolerated(exact: Equilibrium, right: Tensors, name: str, setting: Setting) -
     residual = noise * (RTOL * norms(g) / norms(noise)).view(shape)
     solver = GMRES(rtol=1e-3, maxiter=1000, batch_ndim=1, on_failure="raise")
     with torch.no_grad():
-        off = pulled_back(exact, solver(lambda v: v - vjp(v), residual))
-    return MARGIN * (_length(off) / _length(right)).item()
+        u = solver(lambda v: v - vjp(v), residual)
+    off = pulled_back(exact, u)
+    return MARGIN * float(_length(off) / _length(right))
 
 
 def rounding(problem: Equilibrium, exact: Equilibrium, name: str, setting: Setting) -> float:
