@@ -21,6 +21,7 @@ REGULARISATION = 20.0
 ITERATIONS = 20
 TASKS = (1, 4, 16, 32, 64)
 JUDGED = 32
+BRIEF = (4, 32)
 
 
 def network(params: Tensors, x: Tensor) -> Tensor:
@@ -87,6 +88,7 @@ CASES = [
         f"batched/maml-cg-{tasks}",
         f"iMAML backward pass of a batch of {tasks} tasks, cg",
         partial(build, tasks),
+        brief=tasks in BRIEF,
     )
     for tasks in TASKS
 ]

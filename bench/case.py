@@ -108,11 +108,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Case:
-    """A named benchmark, "family/member"."""
+    """A named benchmark, "family/member"; `brief` if a quick run of everything has it too."""
 
     name: str
     about: str
     build: Callable[[Setting], Problem]
+    brief: bool = True
 
     @property
     def family(self) -> str:

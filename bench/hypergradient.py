@@ -95,6 +95,7 @@ def _case(name: str, form: str, solver: str, iterations: int) -> Case:
         f"hypergradient/{label}-{solver}-{iterations}",
         f"iMAML backward pass, {name}, {form} form, {solver}, {iterations} iterations",
         partial(build, name, form, solver, iterations),
+        brief=iterations == 20,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import grad, hessian
+from torch.func import grad, jacrev
 
 import tritonimplicit.linear_solve as ls
 from bench import jax_peers, textbook
@@ -59,7 +59,7 @@ class Penalised:
         return self.loss(w, self.x, self.y) + 0.5 * (h.exp() * w.square()).sum()
 
     def hessian(self) -> Tensor:
-        matrix: Tensor = hessian(self.inner)(self.w, self.h)
+        matrix: Tensor = jacrev(grad(self.inner))(self.w, self.h)
         return matrix
 
     def pulled_back(self, u: Tensor) -> Tensor:
@@ -81,10 +81,10 @@ def data(name: str, device: torch.device) -> Penalised:
     given = Penalised(LOSSES[name], x, y, torch.zeros_like(h), h, h, step=0.0)
     w = given.w
     for _ in range(20):
-        matrix, slope = hessian(given.inner)(w, h), grad(given.inner)(w, h)
+        matrix, slope = jacrev(grad(given.inner))(w, h), grad(given.inner)(w, h)
         w = w - torch.linalg.solve(matrix, slope)
     cotangent = grad(LOSSES[name])(w, x_out, y_out)
-    steepest = torch.linalg.eigvalsh(hessian(given.inner)(w, h))[-1].item()
+    steepest = torch.linalg.eigvalsh(jacrev(grad(given.inner))(w, h))[-1].item()
     return Penalised(LOSSES[name], x, y, w, h, cotangent, step=1 / steepest)
 
 

@@ -10,7 +10,7 @@ from bench.case import OURS
 from bench.causes import cause
 from bench.registry import ABOUT
 from bench.results import CaseResult, Report, Row
-from bench.tables import duration, figures_of
+from bench.tables import duration, figures_of, spread
 
 Cells = Sequence[str]
 

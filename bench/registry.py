@@ -43,10 +43,18 @@ ABOUT = {
 """A family in a sentence."""
 
 
-def select(names: Sequence[str]) -> list[Case]:
-    """The cases and families of these names, or all; ValueError for a name of neither."""
+def select(names: Sequence[str], quick: bool = False) -> list[Case]:
+    """The cases and families of these names, or all; ValueError for a name of neither.
+
+    Of a family, and of all, a quick run has the cases that are brief.
+    """
     known = {case.name for case in CASES} | {case.family for case in CASES}
     for name in names:
         if name not in known:
             raise ValueError(f"there is no case or family {name!r}; known are {sorted(known)}")
-    return [case for case in CASES if not names or {case.name, case.family} & set(names)]
+
+    def chosen(case: Case) -> bool:
+        of_many = (not names or case.family in names) and (case.brief or not quick)
+        return case.name in names or of_many
+
+    return [case for case in CASES if chosen(case)]

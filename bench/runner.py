@@ -99,7 +99,7 @@ def _admit(entry: Entry | Absent, problem: Problem, setting: Setting) -> _Conten
     try:
         entry.prepare()()
         seconds, answer = timed(entry.prepare(), setting.device)
-        row = _checked(entry, answer, problem)
+        row = checked(entry, answer, problem)
         if row.remark:
             return row
         del answer
@@ -110,7 +110,8 @@ def _admit(entry: Entry | Absent, problem: Problem, setting: Setting) -> _Conten
     return _Contender(entry, replace(row, peak=peak, matvecs=matvecs), seconds)
 
 
-def _checked(entry: Entry, answer: Tensors, problem: Problem) -> Row:
+def checked(entry: Entry, answer: Tensors, problem: Problem) -> Row:
+    """The gate: a row with the answer's error, and a remark if that is too large."""
     expected = problem.expected if entry.expected is None else entry.expected
     error = problem.error(answer) if problem.error else relative_error(answer, expected)
     right = error <= (entry.tolerance or problem.tolerance)  # False for NaN
@@ -145,7 +146,7 @@ def _race(contenders: Sequence[_Contender], problem: Problem, setting: Setting) 
             seconds, answer = timed(contender.entry.prepare(), setting.device)
             times[provider].append(seconds / problem.repeats)
             if turn == rounds - 1:
-                last[provider] = _checked(contender.entry, answer, problem)
+                last[provider] = checked(contender.entry, answer, problem)
             del answer
     ours = next((statistics.median(times[name]) for name in times if name == OURS), None)
     for contender in contenders:

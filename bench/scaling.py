@@ -19,6 +19,7 @@ LEAVES = (1, 10, 100, 1000)
 OF_LEAVES = 100_000
 BATCHES = (1, 4, 16, 64, 256, 1024)
 OF_A_SYSTEM = 1000
+BRIEF = ("size-1e3", "size-1e5", "size-1e7", "leaves-1", "leaves-100", "batch-1", "batch-64")
 LOOPED = 64
 """Larger batches are not looped over: the time is in proportion."""
 
@@ -190,15 +191,19 @@ def _vmapped(setting: Setting, d: Tensor, b: Tensor) -> Iterator[Entry | Absent]
 
 CASES = [
     *(
-        Case(f"scaling/size-{name}", f"CG, n = {name}", partial(by_size, n))
+        Case(
+            f"scaling/size-{name}", f"CG, n = {name}", partial(by_size, n), f"size-{name}" in BRIEF
+        )
         for name, n in SIZES.items()
     ),
     *(
-        Case(f"scaling/leaves-{count}", f"CG, {count} leaves", partial(by_leaves, count))
-        for count in LEAVES
+        Case(
+            f"scaling/leaves-{n}", f"CG, {n} leaves", partial(by_leaves, n), f"leaves-{n}" in BRIEF
+        )
+        for n in LEAVES
     ),
     *(
-        Case(f"scaling/batch-{count}", f"CG, {count} systems", partial(by_batch, count))
-        for count in BATCHES
+        Case(f"scaling/batch-{n}", f"CG, {n} systems", partial(by_batch, n), f"batch-{n}" in BRIEF)
+        for n in BATCHES
     ),
 ]

@@ -52,10 +52,10 @@ def ours(**settings: object) -> Solve:
     return solve
 
 
-def exactly() -> Solve:
+def exactly(on_failure: str = "raise") -> Solve:
     """To nine digits."""
     return ours(
-        solver=Anderson(rtol=1e-9, maxiter=500, batch_ndim=1),
+        solver=Anderson(rtol=1e-9, maxiter=500, batch_ndim=1, on_failure=on_failure),
         gradient=ti_nn.Implicit(GMRES(rtol=1e-9, maxiter=500, batch_ndim=1)),
     )
 
@@ -102,8 +102,8 @@ def build(setting: Setting) -> Problem:
         nn.utils.vector_to_parameters(
             nn.utils.parameters_to_vector(parameters).double(), judge.parameters()
         )
-        with torch.no_grad():
-            losses = [judge.loss(exactly()(judge, x), y) for x, y in held_out]
+        with torch.no_grad():  # a model that was ruined has NaN bits, or none that are right
+            losses = [judge.loss(exactly("ignore")(judge, x), y) for x, y in held_out]
         return torch.stack(losses).mean().item() / math.log(2)
 
     expected = bits(trained_on(copy.deepcopy(model).double(), exactly(), batches))

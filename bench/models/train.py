@@ -20,7 +20,7 @@ from tritonimplicit.nn import DEQ, Implicit
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 EPOCHS, DIGITS_BATCH = 15, 64
-LM_STEPS, LM_BATCH, WARM_UP = 2000, 16, 40
+LM_STEPS, LM_BATCH, WARM_UP = 700, 16, 40
 LEARNING_RATE = 3e-3
 
 
