@@ -28,9 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("list", help="name the cases")
     run = commands.add_parser("run", help="run cases, all by default, and write down the result")
     run.add_argument("case", nargs="*", help="a case or a family")
-    run.add_argument(
-        "--quick", action="store_true", help="the brief cases, 7 rounds, smaller problems"
-    )
+    run.add_argument("--quick", action="store_true", help="7 rounds, smaller problems")
     run.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     run.add_argument("--threads", type=int, help="of torch, on the CPU (default: torch's)")

@@ -88,7 +88,7 @@ def trained_on(model: Model, solve: Solve, batches: list[tuple[Tensor, Tensor]])
 
 
 def build(setting: Setting) -> Problem:
-    steps, size = (2, 4) if setting.quick else (10, 16)
+    steps, size = (2, 4) if setting.quick else (5, 16)
     model = load("lm", setting.device)
 
     def on_device(seed: int, count: int, held_out: bool) -> list[tuple[Tensor, Tensor]]:
