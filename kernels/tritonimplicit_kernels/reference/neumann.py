@@ -51,9 +51,8 @@ def neumann_step(
 
 def _update(tile: tuple[Tensor, ...], alpha: Tensor) -> Tensor:
     x, ax, b = tile
-    room = scratch(x, 2)
-    residual = room[0].view(x.dtype)[:, : x.shape[1]]
-    torch.sub(b, ax, out=residual)
-    rr = squares(widen(residual, room[1]))
+    room = scratch(x)
+    residual = torch.sub(b, ax, out=room.vectors)
+    rr = squares(widen(residual, room.second))
     x += residual.mul_(alpha)  # apart from the sum, for the reason given in cg.py
     return rr
