@@ -134,9 +134,10 @@ def linear_operator(given: System) -> Entry | Absent:
         def product(v: Tensor) -> Tensor:
             return matvec(v[..., 0])[..., None]
 
-        settings = {"tolerance": RTOL, "max_iter": 10 * b.shape[-1], "max_tridiag_iter": 0}
-        x: Tensor = module.utils.linear_cg(product, b[..., None], **settings)[..., 0]
-        return x
+        # Its eps is absolute: the default of 1e-10 takes smaller p.Ap for zero, and stalls at 1e-5.
+        settings = {"tolerance": RTOL, "max_iter": 10 * b.shape[-1], "eps": 1e-40}
+        x: Tensor = module.utils.linear_cg(product, b[..., None], max_tridiag_iter=0, **settings)
+        return x[..., 0]
 
     return in_torch("linear_operator", given, solve)
 
