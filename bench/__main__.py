@@ -70,8 +70,9 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     for case in cases:
         report.cases.append(run_case(case, setting))
         tables.show_case(report.cases[-1])
+        path = report.save(options.out)  # after each: a run that is interrupted has been of use
     print(f"\n{len(cases)} cases in {time.perf_counter() - began:.0f} s")
-    print(report.save(options.out))
+    print(path)
     return 0 if all(map(_ours_is_right, report.cases)) else 1
 
 

@@ -68,10 +68,13 @@ def short_table(report: Report) -> str:
             continue
         lines.append((short.what, _time(ours), short.peer, _time(peer), _ratio(peer)))
     facts = report.environment
+    where = [facts["cpu"], f"{facts['threads']} threads", f"torch {facts['versions']['torch']}"]
+    if facts.get("gpu"):
+        where.append(facts["gpu"])
     return (
         table(("", "ours", "peer", "peer's", "ours/peer"), lines)
-        + f"\n\n{facts['cpu']}, {facts['threads']} threads, torch {facts['versions']['torch']}"
-        f"{', ' + facts['gpu'] if facts.get('gpu') else ''}; medians; bold where we lose."
+        + f"\n\n{', '.join(where)}; medians; bold where we lose. All of it: "
+        "[docs/benchmarks.md](docs/benchmarks.md)."
     )
 
 

@@ -72,7 +72,7 @@ def train_digits(model: Model) -> None:
     model.normalise(100)
     save(model)
     model = load(model.name, x.device)
-    z = Anderson(rtol=1e-4, batch_ndim=1)(_closed(model, x_out), model.start(x_out))
+    z = Anderson(rtol=1e-4, batch_ndim=1)(closed(model, x_out), model.start(x_out))
     print(f"{model.name}: {(model.logits(z).argmax(-1) == y_out).float().mean():.2%} held out")
 
 
@@ -100,7 +100,7 @@ def bits_per_byte(model: Model, count: int = 10) -> float:
     """Of held-out text."""
     solver, losses = Anderson(rtol=1e-3, batch_ndim=1, on_failure="ignore"), []
     for x, y in text.batches(count, LM_BATCH, CONTEXT, seed=123, held_out=True):
-        losses.append(model.loss(solver(_closed(model, x), model.start(x)), y))
+        losses.append(model.loss(solver(closed(model, x), model.start(x)), y))
     return torch.stack(losses).mean().item() / math.log(2)
 
 
@@ -112,7 +112,8 @@ def shifted(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _closed(model: Model, x: Tensor) -> Callable[[Tensor], Tensor]:
+def closed(model: Model, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The cell, of z alone."""
     inputs = model.inputs(x)
     return lambda z: model.cell(z, *inputs)
 

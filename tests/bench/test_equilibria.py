@@ -12,9 +12,13 @@ from bench.case import Setting
 from bench.deq import gradients, torchdeq_solvers
 from bench.deq.equilibrium import MODELS, exact_adjoint, norms, relative, trained
 from bench.deq.torchdeq_solvers import SOLVERS
+from bench.models import MODELS as BY_NAME
 from bench.models import load, text
 from bench.models.base import WEIGHTS
 from bench.models.language import CONTEXT
+from bench.models.train import closed, fit
+from tritonimplicit.fixed_point import Anderson
+from tritonimplicit.linear_solve import solve_gmres
 
 QUICK = Setting(torch.device("cpu"), quick=True)
 
@@ -84,6 +88,29 @@ def test_a_phantom_gradient_is_autograd_through_its_steps():
     u = gradients.phantom(3, 0.5, exact.vjp(), exact.cotangent)
     (found,) = (g for g in gradients.pulled_back(exact, u) if g.shape == expected.shape)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_lessens_the_loss(name, capsys):
+    torch.manual_seed(0)
+    model = BY_NAME[name]().train()
+    problem = trained(name, QUICK)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
+    model.normalise(20)
+    losses = []
+
+    def batches():
+        for _ in range(6):
+            with torch.no_grad():
+                z = Anderson(batch_ndim=1)(closed(model, problem.x), model.start(problem.x))
+                losses.append(model.loss(z, problem.y).item())
+            yield problem.x, problem.y
+
+    solvers = Anderson(batch_ndim=1), solve_gmres(batch_ndim=1)
+    fit(model, batches(), optimiser, schedule, *solvers)
+    assert losses[-1] < 0.9 * losses[0]
+    assert capsys.readouterr().out.startswith(f"{name} 0: ")
 
 
 def test_held_out_text_is_apart():
