@@ -63,7 +63,7 @@ class Block(nn.Module):
 
 
 class ByteLM(nn.Module):
-    """(B, T) bytes -> (B, T, 256) logits of the byte that follows each; T up to `config.context`.
+    """(B, T) bytes -> (B, T, 256) logits of the byte after each; T up to `config.context`.
 
     `deq.last` tells of the solves. A transformer of one layer, tied to itself: Bai, Kolter and
     Koltun, "Deep equilibrium models", NeurIPS 2019.
