@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -133,3 +133,17 @@ def test_kept_weights_are_those_of_the_model_in_half_precision(byte_lm, tmp_path
     ):
         assert name == other and kept.dtype == torch.float32
         assert kept.equal(weight.half().float())
+
+
+def test_the_weights_in_the_repository_are_a_trained_model(byte_lm):
+    model = byte_lm.load(Path(byte_lm.__file__).parent / "weights" / "byte_lm.pt")
+    model.deq.solver = replace(model.deq.solver, maxiter=100)
+    text = byte_lm.read()
+    inputs, targets = (t[::100] for t in text.windows(model.config.context))
+    with torch.no_grad():
+        losses = byte_lm.bits(model(inputs), targets)
+    bigrams = byte_lm.NGrams(text.train).bigram_bits(inputs, targets)
+    # About a bit apart, each byte with a standard deviation of three bits.
+    assert losses.mean() < bigrams.mean() - 0.5
+    assert not model.deq.last.forward.status.any()
+    assert model.deq.last.spectral_radius().median() > 1.5  # no contraction
