@@ -14,6 +14,8 @@ from bench.tables import duration, figures_of, spread
 
 Cells = Sequence[str]
 
+BRIEF = "**A brief run: some of the cases, smaller problems.**"
+
 
 @dataclass(frozen=True)
 class Short:
@@ -42,6 +44,9 @@ def page(report: Report, source: str, plots: Sequence[str]) -> str:
         "# Benchmarks",
         f"Written by `python -m bench report` from `{source}`: change nothing here. How to run it "
         "and how an answer is judged is in [bench/README.md](../bench/README.md).",
+        "**A brief run: some of the cases, smaller problems.**"
+        if report.environment["quick"]
+        else "",
         _machine(report),
         "ours/peer is the time of the row named `tritonimplicit` over that of the row at hand: "
         "below 1 we are faster, and it is **bold where we lose**. A wrong answer, or one that does "

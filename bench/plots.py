@@ -15,7 +15,7 @@ Lines = dict[str, list[tuple[float, float]]]
 """Points (x, y) of each provider."""
 
 
-def draw(report: Report, folder: Path) -> list[str]:
+def draw(report: Report, folder: Path, suffix: str) -> list[str]:
     """Write a file for each picture that the results suffice for; returns their names."""
     from matplotlib.figure import Figure
 
@@ -29,8 +29,8 @@ def draw(report: Report, folder: Path) -> list[str]:
             fill(axes)
             axes.spines[["top", "right"]].set_visible(False)
         folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / name, dpi=100)
-        drawn.append(name)
+        drawn.append(f"{name}{suffix}.png")
+        figure.savefig(folder / drawn[-1], dpi=100)
     return drawn
 
 
@@ -112,7 +112,7 @@ def _bars(case: CaseResult, title: str) -> Panel:
 
 
 PICTURES: dict[str, Callable[[Report], Iterator[Panel]]] = {
-    "bench-deq.png": _equilibria,
-    "bench-scaling.png": _growth,
-    "bench-hyperparameter.png": _by_iteration,
+    "bench-deq": _equilibria,
+    "bench-scaling": _growth,
+    "bench-hyperparameter": _by_iteration,
 }

@@ -35,6 +35,7 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 200
 SECONDS_PER_CASE = 5.0
 """Rounds beyond the least are done as long as a case takes no longer."""
 MIB = 2**20
+WRONG, NOT_REACHED = "wrong answer", "not reached"
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def checked(entry: Entry, answer: Tensors, problem: Problem) -> Row:
     expected = problem.expected if entry.expected is None else entry.expected
     error = problem.error(answer) if problem.error else relative_error(answer, expected)
     right = error <= (entry.tolerance or problem.tolerance)  # False for NaN
-    wrong = "not reached" if problem.compares == SAME_RESIDUAL else "wrong answer"
+    wrong = NOT_REACHED if problem.compares == SAME_RESIDUAL else WRONG
     return Row(
         entry.provider,
         error=error,
