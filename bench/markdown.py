@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.case import OURS
-from bench.causes import cause
+from bench.causes import MEANING, cause
 from bench.registry import ABOUT
 from bench.results import CaseResult, Report, Row
 from bench.tables import duration, figures_of, spread
@@ -125,7 +125,11 @@ def _losses(report: Report) -> str:
         (case.name, row.provider, _ratio(row), cause(case.name, row.provider))
         for case, row in losses(report)
     ]
-    return table(("case", "peer", "ours/peer", "cause"), rows) if rows else ""
+    if not rows:
+        return ""
+    words = dict.fromkeys(row[-1] for row in rows if row[-1] in MEANING)
+    legend = [f"- {word}: {MEANING[word]}" for word in words]
+    return "\n".join([table(("case", "peer", "ours/peer", "cause"), rows), "", *legend])
 
 
 def _case(case: CaseResult) -> list[str]:

@@ -13,6 +13,8 @@ from bench.machine import environment
 from bench.registry import CASES
 from bench.results import CaseResult, Report, Row
 
+KNOWN = causes.CAUSES
+
 
 @pytest.fixture
 def report():
@@ -61,12 +63,14 @@ def test_a_ratio_is_bold_where_we_lose(report):
 
 
 def test_losses_are_listed_with_their_cause(report, monkeypatch):
-    monkeypatch.setattr(causes, "CAUSES", (("deq/backward", "torchdeq", "because"),))
+    monkeypatch.setattr(causes, "CAUSES", (("deq/backward", "torchdeq", "calls"),))
     page = markdown.page(report, "results.json", [])
     losses = page.split("## Where we lose")[1].split("## hypergradient")[0]
-    assert "| deq/backward-lm-1e-3-worst | torchdeq, Broyden | **2.00** | because |" in losses
+    assert "| deq/backward-lm-1e-3-worst | torchdeq, Broyden | **2.00** | calls |" in losses
+    assert f"- calls: {causes.MEANING['calls']}" in losses
     assert "BiCGSTAB" not in losses
     assert causes.UNKNOWN in losses  # scaling's
+    assert all(why in causes.MEANING for _, _, why in KNOWN)
     assert "mlp-cg" not in losses
 
 
