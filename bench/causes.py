@@ -8,9 +8,8 @@ MEANING = {
     "compiled": "XLA compiles all of it: nothing of Python or of torch's dispatcher between the "
     "iterations",
     "LAPACK": "one call of LAPACK for a matrix that is small, and given",
-    "calls": "calls, not arithmetic. Counted by a dispatch mode, an iteration of our CG for one "
-    "vector makes 53 calls of torch (masks and statuses a system, dots in float64), TorchOpt's 12; "
-    "and a solve 140 more (layout, checks, the true residual)",
+    "calls": "calls of torch, not arithmetic: the vectors are small, and masks and statuses a "
+    "system, dots in float64, layout, checks and the true residual take calls; see that column",
     "biased": "another gradient, by one vjp or five and no solve: see its cosine",
 }
 """What the words of CAUSES stand for."""

@@ -134,7 +134,18 @@ def _losses(report: Report) -> str:
 
 def _case(case: CaseResult) -> list[str]:
     figures = figures_of(case)
-    columns = ("", "error", *figures, "median", "p20 – p80", "ours/peer", "products", "peak", "")
+    columns = (
+        "",
+        "error",
+        *figures,
+        "median",
+        "p20 – p80",
+        "ours/peer",
+        "products",
+        "calls",
+        "peak",
+        "",
+    )
     rows = [
         (
             row.provider,
@@ -144,6 +155,7 @@ def _case(case: CaseResult) -> list[str]:
             spread(row),
             _ratio(row),
             "" if row.matvecs is None else str(row.matvecs),
+            "" if row.calls is None else str(row.calls),
             "" if row.peak is None else f"{row.peak:.2f} {case.peak_unit}",
             row.remark,
         )
