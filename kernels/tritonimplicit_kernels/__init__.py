@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from tritonimplicit_kernels import status
 from tritonimplicit_kernels.backends import BACKENDS, Backend, backend, partial_count
+from tritonimplicit_kernels.leaves import LeafTables, readable
 from tritonimplicit_kernels.ops import cg_dots, cg_step, neumann_step, pcg_dots, pcg_step
 from tritonimplicit_kernels.reference import row_dots, row_norms, row_weighted_squares
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "LeafTables",
     "backend",
     "cg_dots",
     "cg_step",
@@ -21,6 +23,7 @@ __all__ = [
     "partial_count",
     "pcg_dots",
     "pcg_step",
+    "readable",
     "row_dots",
     "row_norms",
     "row_weighted_squares",
