@@ -166,7 +166,7 @@ class Layout:
 
 def _readable(leaf: Tensor, dtype: torch.dtype) -> bool:
     aligned = leaf.data_ptr() % _ALIGNMENT_BYTES == 0
-    return leaf.dtype is dtype and leaf.is_contiguous() and aligned
+    return leaf.dtype is dtype and leaf.is_contiguous() and aligned and not leaf.is_neg()
 
 
 def _show(path: tuple[object, ...]) -> str:

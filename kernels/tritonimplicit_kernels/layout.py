@@ -13,6 +13,9 @@ from torch import Tensor
 MAX_P: Final = 256
 
 _VECTOR_DTYPES = (torch.float32, torch.float64)
+_HALF_DTYPES = (torch.float16, torch.bfloat16)
+PRODUCT: Final = frozenset({"ap", "ax"})
+"""What a matvec has returned: read only, so that it may have half the vectors' precision."""
 _VECTORS = ("x", "r", "p", "ap", "d", "b", "ax")
 SHAPES: Final = {
     **dict.fromkeys(_VECTORS, "B, ld"),
@@ -46,8 +49,9 @@ def check_layout(**tensors: Tensor) -> None:
     sizes = {"2": 2, "B": first.shape[0], "ld": first.shape[1], "P": _partial_count(**tensors)}
     for name, tensor in tensors.items():
         dtype = dtype_of(name, first.dtype)
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}, not {tensor.dtype}")
+        if tensor.dtype != dtype and not (name in PRODUCT and tensor.dtype in _HALF_DTYPES):
+            or_half = " or half precision" if name in PRODUCT else ""
+            raise TypeError(f"{name} must be {dtype}{or_half}, not {tensor.dtype}")
         shape = tuple(sizes[size] for size in SHAPES[name].split(", "))
         if tensor.shape != shape:
             raise ValueError(

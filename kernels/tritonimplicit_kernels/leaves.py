@@ -46,7 +46,8 @@ class LeafTables:
         groups = torch.tensor([*starts, ld], device="cpu").diff() // GROUP
         numbers = torch.arange(len(starts), dtype=torch.int32, device="cpu")
         self._owners = numbers.repeat_interleave(groups).to(device)
-        self._unwritten: list[tuple[Tensor, Tensor]] = []
+        self._unwritten: list[tuple[Tensor, list[int]]] = []
+        self._of_graphs: list[Tensor] = []
 
     def table(self, leaves: Sequence[Tensor]) -> Tensor:
         """Return the table of these leaves, each `readable` and no wider than the vectors' dtype.
@@ -62,15 +63,16 @@ class LeafTables:
         device = self._owners.device
         if device.type != "cuda":
             return torch.tensor(words, device=device)
-        host = torch.tensor(words, device="cpu", pin_memory=True)
         if not torch.cuda.is_current_stream_capturing():
+            host = torch.tensor(words, device="cpu", pin_memory=True)
             return host.to(device, non_blocking=True)
-        table = torch.empty_like(host, device=device)
-        self._unwritten.append((table, host))
+        table = torch.empty(len(words), dtype=torch.int64, device=device)
+        self._unwritten.append((table, words))
         return table
 
     def write(self) -> None:
         """Fill the tables of a graph that has been captured, on the stream that will replay it."""
-        for table, host in self._unwritten:
-            table.copy_(host)
+        for table, words in self._unwritten:
+            table.copy_(torch.tensor(words, device="cpu"))
+            self._of_graphs.append(table)  # kept: the graph has its address alone
         self._unwritten.clear()
