@@ -19,9 +19,9 @@ from torch import Tensor
 from triton.runtime.interpreter import interpreter_builder as builder
 
 from tools.op_arguments import arguments
-from tritonimplicit_kernels import ops
+from tritonimplicit_kernels import LeafTables, ops
 from tritonimplicit_kernels import triton as kernels
-from tritonimplicit_kernels.layout import SHAPES
+from tritonimplicit_kernels.layout import PRODUCT, SHAPES
 
 PAGE = Path(__file__).parents[1] / "docs/kernels.md"
 BEGIN, END = "<!-- tools/ops_table.py writes this -->\n", "<!-- up to here -->\n"
@@ -121,18 +121,26 @@ class Meter:
         return count
 
 
-def count(op: str) -> Count:
-    """Run `op` in the interpreter, on systems that all run, and count."""
+def count(op: str, in_leaves: bool = False) -> Count:
+    """Run `op` in the interpreter, on systems that all run, and count.
+
+    With `in_leaves` the product is read from two leaves, which count as the vector that they are.
+    """
     values = arguments(op, torch.float32, _BATCH, _LD, _PARTIALS)
     vectors = [v for name, v in values.items() if SHAPES.get(name) == "B, ld"]
-    meter = Meter([v for v in vectors if isinstance(v, Tensor)])
+    leaves = [torch.ones(_BATCH, _LD // 2) for _ in range(2)]
+    if in_leaves:
+        (product,) = PRODUCT & values.keys()
+        tables = LeafTables([0, _LD // 2], [_LD // 2] * 2, _LD, "cpu")
+        values[product] = tables.table(leaves)
+    meter = Meter([v for v in [*vectors, *leaves] if isinstance(v, Tensor)])
     with meter.running():
         getattr(kernels, op)(*values.values())
     return meter.total
 
 
-def count_iteration(method: str) -> Count:
-    return sum((count(op) for op in ITERATIONS[method]), Count())
+def count_iteration(method: str, in_leaves: bool = False) -> Count:
+    return sum((count(op, in_leaves) for op in ITERATIONS[method]), Count())
 
 
 def table() -> str:

@@ -21,8 +21,9 @@ pytestmark = pytest.mark.interpreter
     [("`CG`", 9, 2), ("`CG(M=Jacobi())`", 11, 2), ("`Neumann`", 4, 1)],
 )
 def test_an_iteration_is_as_lean_as_promised(method: str, passes: int, launches: int) -> None:
-    counted = ops_table.count_iteration(method)
-    assert (counted.passes, counted.launches) == (passes, launches)
+    for in_leaves in (False, True):
+        counted = ops_table.count_iteration(method, in_leaves)
+        assert (counted.passes, counted.launches) == (passes, launches)
 
 
 @pytest.mark.parametrize(
