@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench import batched, hypergradient, memory, steps
+from bench import batched, hypergradient, leaves, memory, steps
 from bench.case import Case
 
 CASES: tuple[Case, ...] = (
     *hypergradient.CASES,
     *batched.CASES,
     *steps.CASES,
+    *leaves.CASES,
     *memory.CASES,
 )
 

@@ -1,6 +1,7 @@
 """The layout of a batched solve: what the ops take, checked before anything is written.
 
-B systems, rows of ld elements (ld a multiple of 16, the padding zero), P partial sums a row.
+B systems, rows of ld elements (ld a multiple of 16, the padding zero), P partial sums a row. What a
+matvec has returned, `ap` or `ax`, may be float16 or bfloat16: it is widened as it is read.
 """
 
 from __future__ import annotations
