@@ -46,6 +46,8 @@ TARGETS = [
     GPUTarget("hip", "gfx1100", 32),
 ]
 DTYPES = [torch.float32, torch.float64]
+RESIDENT = {"_dense_cg_kernel"}
+"""Whole solves: what they read stays in registers, and their loops load nothing."""
 PRODUCTS = {"": None, " leaves": torch.int64, " bfloat16": torch.bfloat16}
 """What A p may be instead of rows of the vectors' dtype: a table of leaves, or rows of bfloat16."""
 BUDGET = Path(__file__).with_name("kernels_budget.json")
@@ -74,7 +76,9 @@ class Report:
     def usage(self) -> str:
         return f"{self.registers} registers, {self.spills} spills"
 
-    def faults(self, product: torch.dtype | None = None, wide: int = 0) -> list[str]:
+    def faults(
+        self, product: torch.dtype | None = None, wide: int = 0, resident: bool = False
+    ) -> list[str]:
         """Say what is wrong; `wide` loads are those of the same kernel on rows, for a product."""
         found = []
         if product is not None and self.wide < (wide if product is torch.int64 else wide // 2):
@@ -83,6 +87,8 @@ class Report:
             return found
         if self.spills:
             found.append(f"spills ({self.spills})")
+        if resident:
+            return [*found, "loads in a loop"] if self.bulk_widths else found
         if not self.bulk_widths:
             found.append("has no main loop with loads")
         elif product is None and self.wide < len(self.bulk_widths):
@@ -124,11 +130,16 @@ def compiling_only(target: GPUTarget) -> Iterator[dict[str, Any]]:
 
 
 def launch_all(dtype: torch.dtype, product: torch.dtype | None) -> None:
-    """Call the Triton launcher of every op on small tensors, with A p of another dtype if given."""
+    """Call the Triton launcher of every op on small tensors; of those with a product, if given."""
     for op in ops.SCHEMAS:
         values = arguments(op, dtype, batch=2, ld=4096, partials=2)
-        for name in PRODUCT & values.keys() if product is not None else ():
-            values[name] = torch.zeros(2, 4096, dtype=product)
+        if product is not None:
+            changed = {
+                name: torch.zeros(2, 4096, dtype=product) for name in PRODUCT & values.keys()
+            }
+            if not changed:
+                continue
+            values |= changed
         getattr(kernels, op)(*values.values())
 
 
@@ -250,7 +261,7 @@ def compile_all() -> tuple[Usage, list[str]]:
         for (form, product), dtype in itertools.product(PRODUCTS.items(), DTYPES):
             with compiling_only(target) as compiled:
                 launch_all(dtype, product)
-            missing = kernel_names() - compiled.keys()
+            missing = kernel_names() - compiled.keys() if product is None else ()
             faults += [f"{kernel} for {name}: no op launches it" for kernel in sorted(missing)]
             reports = {kernel: report(target, binary) for kernel, binary in compiled.items()}
             if product is None:  # the least of both dtypes': some loops are unrolled
@@ -263,7 +274,7 @@ def compile_all() -> tuple[Usage, list[str]]:
                 share = f"{r.wide} of {len(r.bulk_widths)}"
                 row = f"{kernel.strip('_'):22}{kind:18}{name:9}{r.registers:>9}"
                 print(f"{row}{r.spills:>8}{share:>20}{r.shared:>14}")
-                found = r.faults(product, wide[kernel])
+                found = r.faults(product, wide[kernel], kernel in RESIDENT)
                 faults += [f"{kernel} in {kind} for {name} {fault}" for fault in found]
     return used, faults
 

@@ -7,7 +7,7 @@ counted. A test holds the table in the docs against a new count.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,18 @@ ITERATIONS = {
     "`CG`": ("cg_dots", "cg_step"),
     "`CG(M=Jacobi())`": ("pcg_dots", "pcg_step"),
     "`Neumann`": ("neumann_step",),
+    "`BiCGSTAB`": (
+        *("bicgstab_dots", "bicgstab_half_step", "bicgstab_half_dots"),
+        "bicgstab_step",
+    ),
+    "`BiCGSTAB(M=...)`": (
+        *("bicgstab_dots", "bicgstab_half_step", "bicgstab_half_dots"),
+        "pbicgstab_step",
+    ),
 }
 """The ops of one iteration, in their order."""
+SOLVES = ("dense_cg",)
+"""Ops that do a whole solve, and whose passes are over the matrix."""
 _FLOPS = ("create_fadd", "create_fsub", "create_fmul", "create_fdiv", "create_fma")
 # Whole blocks only, several a program: no lane is masked.
 _BATCH, _LD, _PARTIALS = 2, 2**14, 2
@@ -124,16 +134,21 @@ class Meter:
 def count(op: str, in_leaves: bool = False) -> Count:
     """Run `op` in the interpreter, on systems that all run, and count.
 
-    With `in_leaves` the product is read from two leaves, which count as the vector that they are.
+    With `in_leaves` the product, if there is one, is read from two leaves: together a vector.
     """
     values = arguments(op, torch.float32, _BATCH, _LD, _PARTIALS)
-    vectors = [v for name, v in values.items() if SHAPES.get(name) == "B, ld"]
+    if not in_leaves:
+        return count_on(op, values)
     leaves = [torch.ones(_BATCH, _LD // 2) for _ in range(2)]
-    if in_leaves:
-        (product,) = PRODUCT & values.keys()
-        tables = LeafTables([0, _LD // 2], [_LD // 2] * 2, _LD, "cpu")
-        values[product] = tables.table(leaves)
-    meter = Meter([v for v in [*vectors, *leaves] if isinstance(v, Tensor)])
+    tables = LeafTables([0, _LD // 2], [_LD // 2] * 2, _LD, "cpu")
+    (product,) = PRODUCT & values.keys()
+    return count_on(op, values | {product: tables.table(leaves)}, leaves)
+
+
+def count_on(op: str, values: dict[str, Tensor | int], leaves: Sequence[Tensor] = ()) -> Count:
+    """Run `op` on these arguments in the interpreter, and count; `leaves` are vectors too."""
+    vectors = [v for name, v in values.items() if SHAPES.get(name) in ("B, ld", "B, n, n")]
+    meter = Meter([v for v in (*vectors, *leaves) if isinstance(v, Tensor)])
     with meter.running():
         getattr(kernels, op)(*values.values())
     return meter.total
@@ -150,6 +165,8 @@ def table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for op in ops.SCHEMAS:
+        if op in SOLVES:
+            continue
         c = count(op)
         lines.append(
             f"| `{op}` | {c.launches} | {c.reads:g} | {c.writes:g} | {c.passes:g} "
@@ -160,6 +177,10 @@ def table() -> str:
         c = count_iteration(method)
         shown = ", ".join(f"`{name}`" for name in names)
         lines.append(f"| {method} | {shown} | {c.launches} | {c.passes:g} |")
+    lines += ["", "| a whole solve | launches | matrix read | written |", "|---|---|---|---|"]
+    for op in SOLVES:
+        c = count(op)
+        lines.append(f"| `{op}` | {c.launches} | {c.reads:g} | {c.writes:g} |")
     return "\n".join(lines) + "\n"
 
 

@@ -60,11 +60,15 @@ class RowMatvec:
             return torch.addcmul(rows, v, self.ridge, out=self._buffer())
         if self.ridge is not None:
             return torch.add(rows, v, alpha=self.ridge, out=self._buffer())
-        if _share_memory(
+        if share_memory(
             rows, v
         ):  # an identity hands v back, and v changes while the result is read
             return self._buffer().copy_(rows)
         return rows
+
+    def twin(self) -> RowMatvec:
+        """Return the same with a buffer of its own."""
+        return RowMatvec(self.matvec, self.layout, self.ridge, self._name)
 
     def read_leaves_in_place(self) -> None:
         """Have `product` return tables of leaves, where rows would be a copy of what A v is.
@@ -142,10 +146,11 @@ def hidden_derivative() -> RuntimeError:
 
 def _in_place(leaf: Tensor, v: Tensor) -> Tensor:
     """`leaf` (B, size) itself, or a copy where kernels cannot read it while v changes."""
-    if kernels.readable(leaf) and not _share_memory(leaf, v):
+    if kernels.readable(leaf) and not share_memory(leaf, v):
         return leaf
     return leaf.resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
-def _share_memory(a: Tensor, b: Tensor) -> bool:
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in one piece of memory."""
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
