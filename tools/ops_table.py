@@ -148,7 +148,8 @@ def count(op: str, in_leaves: bool = False) -> Count:
 def count_on(op: str, values: dict[str, Tensor | int], leaves: Sequence[Tensor] = ()) -> Count:
     """Run `op` on these arguments in the interpreter, and count; `leaves` are vectors too."""
     vectors = [v for name, v in values.items() if SHAPES.get(name) in ("B, ld", "B, n, n")]
-    meter = Meter([v for v in (*vectors, *leaves) if isinstance(v, Tensor)])
+    found = [v for v in (*vectors, *leaves) if isinstance(v, Tensor)]
+    meter = Meter([v for v in found if v.is_floating_point()])  # a table is no vector
     with meter.running():
         getattr(kernels, op)(*values.values())
     return meter.total
