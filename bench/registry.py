@@ -10,6 +10,7 @@ from bench import (
     deq_memory,
     hypergradient,
     hyperparameter,
+    leaves,
     memory,
     scaling,
     solvers,
@@ -25,6 +26,7 @@ CASES: tuple[Case, ...] = (
     *solvers.CASES,
     *scaling.CASES,
     *steps.CASES,
+    *leaves.CASES,
     *memory.CASES,
     *deq_memory.CASES,
 )

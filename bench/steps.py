@@ -72,8 +72,12 @@ class KernelStep:
         ):
             vector.copy_(start)
 
+    def product(self) -> Tensor:
+        """A p, as the step takes it."""
+        return self._start.ap
+
     def __call__(self) -> Tensors:
-        ap = self._start.ap
+        ap = self.product()
         self._backend.cg_dots(self._p, ap, self._state, self._dots)
         self._backend.cg_step(
             self._x,

@@ -47,6 +47,18 @@ def test_leaves_of_the_flat_buffer_are_views():
     assert first.tolist() == [2, 2, 2] and second.sum() == 8
 
 
+@pytest.mark.parametrize("batch_ndim", [0, 1, 2])
+def test_rows_may_lie_apart(batch_ndim):
+    tree = (torch.randn(2, 3, 5), torch.randn(2, 3), torch.randn(2, 3, 4, 7))
+    layout = Layout.of(tree, batch_ndim)
+    rows = torch.zeros(layout.systems, 4, layout.ld)[:, 2]  # of a basis of several vectors a system
+    rows.copy_(layout.flatten(tree, "tree"))
+    leaves = layout.unflatten(rows)
+    assert all(map(torch.equal, leaves, tree))
+    leaves[2].zero_()
+    assert not rows[:, layout.starts[2] :].any() and torch.equal(leaves[0], tree[0])
+
+
 def test_one_fitting_contiguous_leaf_is_read_in_place():
     leaf = torch.randn(4, 32)
     layout = Layout.of(leaf, batch_ndim=1)

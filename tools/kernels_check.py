@@ -2,12 +2,17 @@
 
 Prints a table, and fails on a spilled register, on a main loop's load that is not 128 bits wide,
 and where registers or spills are not those of kernels_budget.json, which `--update` writes.
+
+Of the product A p, leaves are read in the main loop element by element too, where a block is not
+all of one leaf: as many loads as on rows have to be wide, and spills are the budget's affair.
+Loads of bfloat16 rows may be narrower, as long as those of the other vectors are not.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import pkgutil
 import re
@@ -30,6 +35,7 @@ from triton.runtime.jit import JITFunction
 from tools.op_arguments import arguments
 from tritonimplicit_kernels import ops
 from tritonimplicit_kernels import triton as kernels
+from tritonimplicit_kernels.layout import PRODUCT
 
 TARGETS = [
     GPUTarget("cuda", 80, 32),
@@ -42,6 +48,8 @@ TARGETS = [
 DTYPES = [torch.float32, torch.float64]
 RESIDENT = {"_dense_cg_kernel"}
 """Whole solves: what they read stays in registers, and their loops load nothing."""
+PRODUCTS = {"": None, " leaves": torch.int64, " bfloat16": torch.bfloat16}
+"""What A p may be instead of rows of the vectors' dtype: a table of leaves, or rows of bfloat16."""
 BUDGET = Path(__file__).with_name("kernels_budget.json")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -68,15 +76,22 @@ class Report:
     def usage(self) -> str:
         return f"{self.registers} registers, {self.spills} spills"
 
-    def faults(self, resident: bool = False) -> list[str]:
+    def faults(
+        self, product: torch.dtype | None = None, wide: int = 0, resident: bool = False
+    ) -> list[str]:
+        """Say what is wrong; `wide` loads are those of the same kernel on rows, for a product."""
         found = []
+        if product is not None and self.wide < (wide if product is torch.int64 else wide // 2):
+            found.append(f"has {self.wide} wide main-loop loads, where on rows it has {wide}")
+        if product is torch.int64:
+            return found
         if self.spills:
             found.append(f"spills ({self.spills})")
         if resident:
             return [*found, "loads in a loop"] if self.bulk_widths else found
         if not self.bulk_widths:
             found.append("has no main loop with loads")
-        elif self.wide < len(self.bulk_widths):
+        elif product is None and self.wide < len(self.bulk_widths):
             found.append(f"has main-loop loads of widths {sorted(set(self.bulk_widths))}")
         return found
 
@@ -114,10 +129,18 @@ def compiling_only(target: GPUTarget) -> Iterator[dict[str, Any]]:
         yield compiled
 
 
-def launch_all(dtype: torch.dtype) -> None:
-    """Call the Triton launcher of every op on small tensors."""
+def launch_all(dtype: torch.dtype, product: torch.dtype | None) -> None:
+    """Call the Triton launcher of every op on small tensors; of those with a product, if given."""
     for op in ops.SCHEMAS:
-        getattr(kernels, op)(*arguments(op, dtype, batch=2, ld=4096, partials=2).values())
+        values = arguments(op, dtype, batch=2, ld=4096, partials=2)
+        if product is not None:
+            changed = {
+                name: torch.zeros(2, 4096, dtype=product) for name in PRODUCT & values.keys()
+            }
+            if not changed:
+                continue
+            values |= changed
+        getattr(kernels, op)(*values.values())
 
 
 def kernel_names() -> set[str]:
@@ -229,24 +252,30 @@ def compile_all() -> tuple[Usage, list[str]]:
     """Compile and print everything; return what the kernels use, and what is wrong with them."""
     used: Usage = {}
     faults = []
-    print(f"{'kernel':28}{'dtype':9}{'target':9}{'registers':>9}{'spills':>8}", end="")
+    print(f"{'kernel':28}{'dtype':18}{'target':9}{'registers':>9}{'spills':>8}", end="")
     print(f"{'128-bit bulk loads':>20}{'shared bytes':>14}")
     for target in TARGETS:
         name = target.arch if target.backend == "hip" else f"sm_{target.arch}"
         used[name] = {}
-        for dtype in DTYPES:
+        wide: dict[str, int] = {}
+        for (form, product), dtype in itertools.product(PRODUCTS.items(), DTYPES):
             with compiling_only(target) as compiled:
-                launch_all(dtype)
-            missing = kernel_names() - compiled.keys()
+                launch_all(dtype, product)
+            missing = kernel_names() - compiled.keys() if product is None else ()
             faults += [f"{kernel} for {name}: no op launches it" for kernel in sorted(missing)]
-            for kernel, binary in compiled.items():
-                r = report(target, binary)
-                used[name][f"{kernel.strip('_')} {str(dtype)[6:]}"] = r.usage
+            reports = {kernel: report(target, binary) for kernel, binary in compiled.items()}
+            if product is None:  # the least of both dtypes': some loops are unrolled
+                wide = {
+                    kernel: min(r.wide, wide.get(kernel, r.wide)) for kernel, r in reports.items()
+                }
+            for kernel, r in reports.items():
+                kind = f"{str(dtype)[6:]}{form}"
+                used[name][f"{kernel.strip('_')} {kind}"] = r.usage
                 share = f"{r.wide} of {len(r.bulk_widths)}"
-                row = f"{kernel.strip('_'):28}{str(dtype)[6:]:9}{name:9}{r.registers:>9}"
+                row = f"{kernel.strip('_'):28}{kind:18}{name:9}{r.registers:>9}"
                 print(f"{row}{r.spills:>8}{share:>20}{r.shared:>14}")
-                found = r.faults(kernel in RESIDENT)
-                faults += [f"{kernel} in {dtype} for {name} {fault}" for fault in found]
+                found = r.faults(product, wide[kernel], kernel in RESIDENT)
+                faults += [f"{kernel} in {kind} for {name} {fault}" for fault in found]
     return used, faults
 
 

@@ -7,7 +7,7 @@ counted. A test holds the table in the docs against a new count.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,9 @@ from torch import Tensor
 from triton.runtime.interpreter import interpreter_builder as builder
 
 from tools.op_arguments import arguments
-from tritonimplicit_kernels import ops
+from tritonimplicit_kernels import LeafTables, ops
 from tritonimplicit_kernels import triton as kernels
-from tritonimplicit_kernels.layout import SHAPES
+from tritonimplicit_kernels.layout import PRODUCT, SHAPES
 
 PAGE = Path(__file__).parents[1] / "docs/kernels.md"
 BEGIN, END = "<!-- tools/ops_table.py writes this -->\n", "<!-- up to here -->\n"
@@ -131,22 +131,32 @@ class Meter:
         return count
 
 
-def count(op: str) -> Count:
-    """Run `op` in the interpreter, on systems that all run, and count."""
-    return count_on(op, arguments(op, torch.float32, _BATCH, _LD, _PARTIALS))
+def count(op: str, in_leaves: bool = False) -> Count:
+    """Run `op` in the interpreter, on systems that all run, and count.
+
+    With `in_leaves` the product, if there is one, is read from two leaves: together a vector.
+    """
+    values = arguments(op, torch.float32, _BATCH, _LD, _PARTIALS)
+    if not in_leaves:
+        return count_on(op, values)
+    leaves = [torch.ones(_BATCH, _LD // 2) for _ in range(2)]
+    tables = LeafTables([0, _LD // 2], [_LD // 2] * 2, _LD, "cpu")
+    (product,) = PRODUCT & values.keys()
+    return count_on(op, values | {product: tables.table(leaves)}, leaves)
 
 
-def count_on(op: str, values: dict[str, Tensor | int]) -> Count:
-    """Run `op` on these arguments in the interpreter, and count."""
+def count_on(op: str, values: dict[str, Tensor | int], leaves: Sequence[Tensor] = ()) -> Count:
+    """Run `op` on these arguments in the interpreter, and count; `leaves` are vectors too."""
     vectors = [v for name, v in values.items() if SHAPES.get(name) in ("B, ld", "B, n, n")]
-    meter = Meter([v for v in vectors if isinstance(v, Tensor)])
+    found = [v for v in (*vectors, *leaves) if isinstance(v, Tensor)]
+    meter = Meter([v for v in found if v.is_floating_point()])  # a table is no vector
     with meter.running():
         getattr(kernels, op)(*values.values())
     return meter.total
 
 
-def count_iteration(method: str) -> Count:
-    return sum((count(op) for op in ITERATIONS[method]), Count())
+def count_iteration(method: str, in_leaves: bool = False) -> Count:
+    return sum((count(op, in_leaves) for op in ITERATIONS[method]), Count())
 
 
 def table() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tritonimplicit_kernels import status
 from tritonimplicit_kernels.backends import BACKENDS, Backend, backend, partial_count
+from tritonimplicit_kernels.leaves import LeafTables, readable
 from tritonimplicit_kernels.ops import (
     bicgstab_dots,
     bicgstab_half_dots,
@@ -26,6 +27,7 @@ from tritonimplicit_kernels.reference import row_dots, row_norms, row_weighted_s
 __all__ = [
     "BACKENDS",
     "Backend",
+    "LeafTables",
     "backend",
     "bicgstab_dots",
     "bicgstab_half_dots",
@@ -39,6 +41,7 @@ __all__ = [
     "pbicgstab_step",
     "pcg_dots",
     "pcg_step",
+    "readable",
     "row_dots",
     "row_norms",
     "row_weighted_squares",

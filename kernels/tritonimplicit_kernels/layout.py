@@ -1,7 +1,8 @@
 """The layout of a batched solve: what the ops take, checked before anything is written.
 
 B systems, rows of ld elements (ld a multiple of 16, the padding zero), P partial sums a row; or,
-where there is a matrix `a`, dense systems of n unknowns.
+where there is a matrix `a`, dense systems of n unknowns. What a matvec has returned, `ap` or `ax`,
+may be float16 or bfloat16: it is widened as it is read.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ MAX_DENSE: Final = 128
 """The most unknowns of a dense system."""
 
 _VECTOR_DTYPES = (torch.float32, torch.float64)
+_HALF_DTYPES = (torch.float16, torch.bfloat16)
+PRODUCT: Final = frozenset({"ap", "ax"})
+"""What a matvec has returned: read only, so that it may have half the vectors' precision."""
 _VECTORS = (
     *("x", "r", "p", "ap", "d", "b", "ax"),
     *("shadow", "y", "z", "v", "s", "t"),  # BiCGSTAB's
@@ -58,8 +62,9 @@ def check_layout(**tensors: Tensor) -> None:
     sizes = _dense_sizes(first) if name == "a" else _row_sizes(name, first, **tensors)
     for name, tensor in tensors.items():
         dtype = dtype_of(name, first.dtype)
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}, not {tensor.dtype}")
+        if tensor.dtype != dtype and not (name in PRODUCT and tensor.dtype in _HALF_DTYPES):
+            or_half = " or half precision" if name in PRODUCT else ""
+            raise TypeError(f"{name} must be {dtype}{or_half}, not {tensor.dtype}")
         shape = shape_of(name, sizes)
         if tensor.shape != shape:
             raise ValueError(

@@ -52,6 +52,15 @@ def rows_of(problem):
     return {row.provider: row for row in measure("a/test", problem, QUICK).rows}
 
 
+@pytest.mark.gpu
+def test_leaves_are_copied_or_read_in_place(tmp_path):
+    assert main(["run", "leaves", "--quick", "--device", "cuda", "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("*.json")
+    for case in Report.load(file).cases:
+        assert [row.provider for row in case.rows] == ["copied into rows", "read in place"]
+        assert all(row.error < case.tolerance and row.rounds for row in case.rows)
+
+
 def test_list_names_every_case(capsys):
     assert main(["list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]

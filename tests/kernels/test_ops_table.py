@@ -32,6 +32,12 @@ def test_an_iteration_is_as_lean_as_promised(method: str, passes: int, launches:
     assert (counted.passes, counted.launches) == (passes, launches)
 
 
+@pytest.mark.parametrize("method", ["`CG`", "`CG(M=Jacobi())`", "`Neumann`"])
+def test_a_product_in_leaves_takes_no_more(method: str) -> None:
+    rows, leaves = (ops_table.count_iteration(method, in_leaves) for in_leaves in (False, True))
+    assert (leaves.passes, leaves.launches) == (rows.passes, rows.launches)
+
+
 @pytest.mark.parametrize(
     ("method", "solver"),
     [

@@ -47,6 +47,9 @@ class Iteration(abc.ABC):
         self.best = torch.where(better[:, None], self.z, self.best)
         self.best_norm = torch.where(better, norm, self.best_norm)
 
+    def captured(self) -> None:  # noqa: B027
+        """Do nothing: the iterations of fixed points run in no graph."""
+
     @abc.abstractmethod
     def _next(self) -> Tensor:
         """The next z (B, ld), from `z` and `residual`."""

@@ -55,7 +55,7 @@ class _ConjugateGradient(Recurrence):
         self.x, self._r = solver.start(apply, b, b_norm)
         self._p = self._r.clone()
         self._maxiter = solver.iteration_limit(apply.layout)
-        self._backend = kernels.backend(solver.backend, b.device, b.dtype)
+        self._backend = solver.backend_for(apply, b)
         partials = self._backend.partial_count(b.shape[1])
         tolerance = solver.tolerance(b_norm, b.dtype)
         self.progress = Progress(kernels.row_norms(self._r), tolerance, partials)
@@ -63,7 +63,7 @@ class _ConjugateGradient(Recurrence):
 
     def step(self) -> None:
         state = self.progress
-        ap = self.apply(self._p)
+        ap = self.apply.product(self._p)
         self._backend.cg_dots(self._p, ap, state.state, self._dots)
         self._backend.cg_step(
             self.x,

@@ -147,6 +147,15 @@ class FusedSolver(IterativeSolver):
         """Whether the iterations are to be captured in CUDA graphs."""
         return self.cuda_graph
 
+    def backend_for(self, apply: RowMatvec, b: Tensor) -> kernels.Backend:
+        """Return the backend of a solve with b (B, ld), and tell `apply` what it can read."""
+        backend = kernels.backend(self.backend, b.device, b.dtype)
+        # In a graph addresses are written once. Without one they have to be with each product:
+        # whether that beats copying the leaves has not been measured yet (bench/leaves.py).
+        if self.cuda_graph and backend.name == "triton":
+            apply.read_leaves_in_place()
+        return backend
+
 
 def check_init(init: TensorTree, layout: Layout) -> None:
     """Raise ValueError where the initial guess and b have different shapes."""

@@ -42,6 +42,9 @@ class Steps(Protocol):
     def step(self) -> None:
         """Do one iteration."""
 
+    def captured(self) -> None:
+        """Do what is left to do for steps that a graph has captured, before it is replayed."""
+
 
 class Recurrence(abc.ABC):
     """A method's vectors and its step; x (B, ld) is updated in place."""
@@ -58,6 +61,10 @@ class Recurrence(abc.ABC):
     @abc.abstractmethod
     def restart(self, again: Tensor, residual: Tensor) -> None:
         """Begin again at x where `again` (B,) bool says so; `residual` (B, ld) is b - A x."""
+
+    def captured(self) -> None:
+        """Do what is left to do for steps that a graph has captured, before it is replayed."""
+        self.apply.captured()
 
     def finish(self) -> None:  # noqa: B027
         """Bring x up to date, where steps leave that to the end of a cycle."""
@@ -88,6 +95,8 @@ def iterate(solver: PollSettings, recurrence: Steps, limit: int) -> bool:
             return True
         if graphed and k == every:  # the first steps have warmed everything up
             replay = capture(advance_many, progress)
+            if replay is not None:
+                recurrence.captured()
         if replay is not None and k + every <= limit:
             replay()
             k += every

@@ -71,7 +71,7 @@ class _Richardson(Recurrence):
         self.apply, self.b = apply, b
         self._precondition = row_preconditioner(solver.M, apply)
         self._maxiter = solver.iteration_limit(apply.layout)
-        self._backend = kernels.backend(solver.backend, b.device, b.dtype)
+        self._backend = solver.backend_for(apply, b)
         b_norm = kernels.row_norms(b)
         tolerance = solver.tolerance(b_norm, b.dtype)
         self.x, residual = solver.start(apply, b, b_norm)
@@ -88,13 +88,12 @@ class _Richardson(Recurrence):
 
     def step(self) -> None:
         state = self.progress
-        ax = self.apply(self.x)
         if self._precondition is None:
-            self._launch(ax, self.b)
+            self._launch(self.apply.product(self.x), self.b)
             return
-        residual = torch.sub(self.b, ax)
+        residual = torch.sub(self.b, self.apply(self.x))
         # The launch adds alpha (z - 0); the residual's norm that it leaves is z's, to be replaced.
-        self._launch(torch.zeros_like(ax), self._precondition(residual))
+        self._launch(torch.zeros_like(residual), self._precondition(residual))
         squares = kernels.row_norms(residual).square_()
         state.rr_out.zero_()
         state.rr_out[:, 0] = squares.masked_fill_(state.state_out[0] >= 0, 0.0)

@@ -32,7 +32,7 @@ class DiagonalCG(Recurrence):
         self.x, self._r = solver.start(apply, b, b_norm)
         self._p = M(self._r)
         self._maxiter = solver.iteration_limit(apply.layout)
-        self._backend = kernels.backend(solver.backend, b.device, b.dtype)
+        self._backend = solver.backend_for(apply, b)
         partials = self._backend.partial_count(b.shape[1])
         tolerance = solver.tolerance(b_norm, b.dtype)
         self.progress = Progress(kernels.row_norms(self._r), tolerance, partials)
@@ -45,7 +45,7 @@ class DiagonalCG(Recurrence):
         """Do one iteration on the systems that run, or stop them."""
         state, d = self.progress, self._precondition.inverse
         rz, rz_out = self._current_rz()
-        ap = self.apply(self._p)
+        ap = self.apply.product(self._p)
         self._backend.pcg_dots(self._p, ap, d, state.state, self._dots)
         self._backend.pcg_step(
             self.x,

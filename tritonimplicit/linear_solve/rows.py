@@ -9,6 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
+import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import Status, TensorTree
 from tritonimplicit.operators import Matvec
 from tritonimplicit.torch_internals import is_transformed
@@ -48,16 +49,12 @@ class RowMatvec:
         self.ridge = ridge
         self._name = name
         self._out: Tensor | None = None
+        self._tables: kernels.LeafTables | None = None
+        self._leaves: list[Tensor] = []
 
     def __call__(self, v: Tensor) -> Tensor:
         """A v + ridge v."""
-        version = None if v.is_inference() else v._version
-        result = refuse_gradient(self.matvec(self.layout.unflatten(v)), self._name)
-        if version is not None and v._version != version:
-            raise RuntimeError(
-                f"{self._name} changed its argument in place, which is the solver's own vector: "
-                "return a new tensor."
-            )
+        result = self._result(v)
         rows = self.layout.gather(result, self._buffer, f"the result of {self._name}")
         if isinstance(self.ridge, Tensor):
             return torch.addcmul(rows, v, self.ridge, out=self._buffer())
@@ -73,9 +70,44 @@ class RowMatvec:
         """Return the same with a buffer of its own."""
         return RowMatvec(self.matvec, self.layout, self.ridge, self._name)
 
+    def read_leaves_in_place(self) -> None:
+        """Have `product` return tables of leaves, where rows would be a copy of what A v is.
+
+        A ridge makes a new vector anyway, and one leaf that fills its row is a row.
+        """
+        layout = self.layout
+        fills = layout.dtypes == (layout.dtype,) and layout.n == layout.ld
+        if self.ridge is None and not fills:
+            self._tables = kernels.LeafTables(layout.starts, layout.sizes, layout.ld, layout.device)
+
+    def product(self, v: Tensor) -> Tensor:
+        """A v + ridge v as a fused step takes it: rows, or a table of leaves (int64)."""
+        if self._tables is None:
+            return self(v)
+        self._leaves.clear()  # a graph that is being captured has their memory for this product
+        leaves = self.layout.leaves_of(self._result(v), f"the result of {self._name}")
+        for leaf, size in zip(leaves, self.layout.sizes, strict=True):
+            self._leaves.append(_in_place(leaf.detach().reshape(self.layout.systems, size), v))
+        return self._tables.table(self._leaves)
+
+    def captured(self) -> None:
+        """Write the tables that a graph which has been captured reads."""
+        if self._tables is not None:
+            self._tables.write()
+
     def residual(self, x: Tensor, b: Tensor) -> Tensor:
         """b - (A x + ridge x)."""
         return torch.sub(b, self(x), out=self._buffer())
+
+    def _result(self, v: Tensor) -> TensorTree:
+        version = None if v.is_inference() else v._version
+        result = refuse_gradient(self.matvec(self.layout.unflatten(v)), self._name)
+        if version is not None and v._version != version:
+            raise RuntimeError(
+                f"{self._name} changed its argument in place, which is the solver's own vector: "
+                "return a new tensor."
+            )
+        return result
 
     def _buffer(self) -> Tensor:
         if self._out is None:
@@ -110,6 +142,13 @@ def hidden_derivative() -> RuntimeError:
         "...) or forward-mode AD no plain function can show: give it openly, by "
         "tritonimplicit.LinearOperator(fn, *tensors), the map v -> fn(v, *tensors)."
     )
+
+
+def _in_place(leaf: Tensor, v: Tensor) -> Tensor:
+    """`leaf` (B, size) itself, or a copy where kernels cannot read it while v changes."""
+    if kernels.readable(leaf) and not share_memory(leaf, v):
+        return leaf
+    return leaf.resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:

@@ -62,7 +62,7 @@ def cg_step(
         advances, alpha_b, beta_b = decide_cg(*decision)
         scales = alpha_b, beta_b
     for rows in row_groups(x, advances):
-        vectors = take(rows, x, r, p, ap)
+        vectors = take(rows, x, r, p, ap.to(x.dtype))
         alpha, beta = (scale[rows] if isinstance(scale, Tensor) else scale for scale in scales)
         tiles = column_tiles(*vectors)
         write_sums(rr_out, rows, row_sums(_update(tile, alpha, beta) for tile in tiles))

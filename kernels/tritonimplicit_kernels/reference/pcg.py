@@ -73,7 +73,7 @@ def pcg_step(
         advances, alpha_b, beta_b = decide_cg(*decision)
         scales = alpha_b, beta_b
     for rows in row_groups(x, advances):
-        vectors = take(rows, x, r, p, ap, d)
+        vectors = take(rows, x, r, p, ap.to(x.dtype), d)
         alpha, beta = (scale[rows] if isinstance(scale, Tensor) else scale for scale in scales)
         tiles = [_update(tile, alpha, beta) for tile in column_tiles(*vectors)]
         for out, sums in zip((rr_out, rz_out), zip(*tiles, strict=True), strict=True):

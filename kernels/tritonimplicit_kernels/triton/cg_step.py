@@ -12,13 +12,13 @@ from torch import Tensor
 from tritonimplicit_kernels.triton.cg_rules import next_code
 from tritonimplicit_kernels.triton.launch import launch
 from tritonimplicit_kernels.triton.programs import chunk_bounds, fold
+from tritonimplicit_kernels.triton.vectors import read_block, read_tail
 
 
 @triton.jit
-def _update_block(x_ptr, r_ptr, p_ptr, ap_ptr, alpha, beta, offsets, mask, other):
+def _update_block(x_ptr, r_ptr, p_ptr, ap, alpha, beta, offsets, mask, other):
     """Update one block of x, r, p; return the squares of the new r in float64."""
     p = tl.load(p_ptr + offsets, mask=mask, other=other)
-    ap = tl.load(ap_ptr + offsets, mask=mask, other=other)
     x = tl.load(x_ptr + offsets, mask=mask, other=other)
     r = tl.load(r_ptr + offsets, mask=mask, other=other) - alpha * ap
     tl.store(x_ptr + offsets, x + alpha * p, mask=mask)
@@ -77,17 +77,14 @@ def _cg_step_kernel(
         x_ptr += b * ld
         r_ptr += b * ld
         p_ptr += b * ld
-        ap_ptr += b * ld
         lanes = tl.arange(0, BLOCK)
         for s in range(start, whole, BLOCK):
-            squares += _update_block(
-                x_ptr, r_ptr, p_ptr, ap_ptr, alpha, beta, s + lanes, None, None
-            )
+            ap = read_block(ap_ptr, b, ld, s, dtype, BLOCK)
+            squares += _update_block(x_ptr, r_ptr, p_ptr, ap, alpha, beta, s + lanes, None, None)
         if whole < end:
             tail = whole + lanes
-            squares += _update_block(
-                x_ptr, r_ptr, p_ptr, ap_ptr, alpha, beta, tail, tail < end, 0.0
-            )
+            ap = read_tail(ap_ptr, b, ld, whole, dtype, BLOCK)
+            squares += _update_block(x_ptr, r_ptr, p_ptr, ap, alpha, beta, tail, tail < end, 0.0)
     tl.store(rr_out_ptr + pid, tl.sum(squares, axis=0))
 
 

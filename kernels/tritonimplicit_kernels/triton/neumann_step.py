@@ -9,6 +9,7 @@ from torch import Tensor
 from tritonimplicit_kernels import status
 from tritonimplicit_kernels.triton.launch import launch
 from tritonimplicit_kernels.triton.programs import chunk_bounds, fold
+from tritonimplicit_kernels.triton.vectors import read_block, read_tail
 
 _RUNNING = tl.constexpr(status.RUNNING)
 _CONVERGED = tl.constexpr(status.CONVERGED)
@@ -28,10 +29,9 @@ def _next_code(rr, iterations, threshold, limit, maxiter):
 
 
 @triton.jit
-def _update_block(x_ptr, ax_ptr, b_ptr, alpha, offsets, mask, other):
+def _update_block(x_ptr, ax, b_ptr, alpha, offsets, mask, other):
     """Update one block of x; return the squares of the residual in float64."""
-    b = tl.load(b_ptr + offsets, mask=mask, other=other)
-    residual = b - tl.load(ax_ptr + offsets, mask=mask, other=other)
+    residual = tl.load(b_ptr + offsets, mask=mask, other=other) - ax
     x = tl.load(x_ptr + offsets, mask=mask, other=other)
     tl.store(x_ptr + offsets, x + alpha * residual, mask=mask)
     residual64 = residual.to(tl.float64)
@@ -74,18 +74,20 @@ def _neumann_step_kernel(
 
     squares = tl.zeros([BLOCK], tl.float64)
     if code < 0:
-        alpha = tl.load(alpha_ptr + b).to(x_ptr.dtype.element_ty)
+        dtype = x_ptr.dtype.element_ty
+        alpha = tl.load(alpha_ptr + b).to(dtype)
         ld = ld16.to(tl.int64) * 16
         start, whole, end = chunk_bounds(pid % P, ld, P, BLOCK)
         x_ptr += b * ld
-        ax_ptr += b * ld
         b_ptr += b * ld
         lanes = tl.arange(0, BLOCK)
         for s in range(start, whole, BLOCK):
-            squares += _update_block(x_ptr, ax_ptr, b_ptr, alpha, s + lanes, None, None)
+            ax = read_block(ax_ptr, b, ld, s, dtype, BLOCK)
+            squares += _update_block(x_ptr, ax, b_ptr, alpha, s + lanes, None, None)
         if whole < end:
             tail = whole + lanes
-            squares += _update_block(x_ptr, ax_ptr, b_ptr, alpha, tail, tail < end, 0.0)
+            ax = read_tail(ax_ptr, b, ld, whole, dtype, BLOCK)
+            squares += _update_block(x_ptr, ax, b_ptr, alpha, tail, tail < end, 0.0)
     tl.store(rr_out_ptr + pid, tl.sum(squares, axis=0))
 
 

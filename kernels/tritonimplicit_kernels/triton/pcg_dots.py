@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tritonimplicit_kernels.triton.launch import launch
 from tritonimplicit_kernels.triton.programs import chunk_bounds
+from tritonimplicit_kernels.triton.vectors import read_block, read_tail
 
 
 @triton.jit(do_not_specialize=["ld16", "P"])
@@ -30,19 +31,19 @@ def _pcg_dots_kernel(
         ld = ld16.to(tl.int64) * 16
         start, whole, end = chunk_bounds(pid % P, ld, P, BLOCK)
         p_ptr += b * ld
-        ap_ptr += b * ld
         d_ptr += b * ld
         lanes = tl.arange(0, BLOCK)
+        dtype = p_ptr.dtype.element_ty
         for s in range(start, whole, BLOCK):
             p = tl.load(p_ptr + s + lanes).to(tl.float64)
-            ap = tl.load(ap_ptr + s + lanes).to(tl.float64)
+            ap = read_block(ap_ptr, b, ld, s, dtype, BLOCK).to(tl.float64)
             d = tl.load(d_ptr + s + lanes).to(tl.float64)
             pap += p * ap
             apmap += d * (ap * ap)
         if whole < end:
             mask = whole + lanes < end
             p = tl.load(p_ptr + whole + lanes, mask=mask, other=0.0).to(tl.float64)
-            ap = tl.load(ap_ptr + whole + lanes, mask=mask, other=0.0).to(tl.float64)
+            ap = read_tail(ap_ptr, b, ld, whole, dtype, BLOCK).to(tl.float64)
             d = tl.load(d_ptr + whole + lanes, mask=mask, other=0.0).to(tl.float64)
             pap += p * ap
             apmap += d * (ap * ap)

@@ -13,13 +13,13 @@ from torch import Tensor
 from tritonimplicit_kernels.triton.cg_rules import next_code
 from tritonimplicit_kernels.triton.launch import launch
 from tritonimplicit_kernels.triton.programs import chunk_bounds, fold
+from tritonimplicit_kernels.triton.vectors import read_block, read_tail
 
 
 @triton.jit
-def _update_block(x_ptr, r_ptr, p_ptr, ap_ptr, d_ptr, alpha, beta, offsets, mask, other):
+def _update_block(x_ptr, r_ptr, p_ptr, ap, d_ptr, alpha, beta, offsets, mask, other):
     """Update one block of x, r, p; return r^2 and d r^2 of the new r in float64."""
     p = tl.load(p_ptr + offsets, mask=mask, other=other)
-    ap = tl.load(ap_ptr + offsets, mask=mask, other=other)
     x = tl.load(x_ptr + offsets, mask=mask, other=other)
     d = tl.load(d_ptr + offsets, mask=mask, other=other)
     r = tl.load(r_ptr + offsets, mask=mask, other=other) - alpha * ap
@@ -85,19 +85,20 @@ def _pcg_step_kernel(
         x_ptr += b * ld
         r_ptr += b * ld
         p_ptr += b * ld
-        ap_ptr += b * ld
         d_ptr += b * ld
         lanes = tl.arange(0, BLOCK)
         for s in range(start, whole, BLOCK):
+            ap = read_block(ap_ptr, b, ld, s, dtype, BLOCK)
             square, energy = _update_block(
-                x_ptr, r_ptr, p_ptr, ap_ptr, d_ptr, alpha, beta, s + lanes, None, None
+                x_ptr, r_ptr, p_ptr, ap, d_ptr, alpha, beta, s + lanes, None, None
             )
             squares += square
             energies += energy
         if whole < end:
             tail = whole + lanes
+            ap = read_tail(ap_ptr, b, ld, whole, dtype, BLOCK)
             square, energy = _update_block(
-                x_ptr, r_ptr, p_ptr, ap_ptr, d_ptr, alpha, beta, tail, tail < end, 0.0
+                x_ptr, r_ptr, p_ptr, ap, d_ptr, alpha, beta, tail, tail < end, 0.0
             )
             squares += square
             energies += energy

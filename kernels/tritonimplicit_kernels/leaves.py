@@ -1,0 +1,78 @@
+"""Vectors of several tensors, read where these lie: the table that the Triton kernels follow.
+
+A row of such a vector is laid out as any other: leaf i has the elements from `starts[i]`, a
+multiple of 16, on. But it is nowhere in one piece: in the place of the rows of `ap` or `ax`, a
+Triton kernel takes a table, int64,
+
+    [address of the owners; then of each leaf: origin, stride, end, code]
+
+with owners (ld / 16,) int32, which leaf a group of 16 elements belongs to; origin, the address that
+element 0 of the first system's row would have, were all of the row the leaf's; stride, the bytes
+from one system to the next; end, the first element of a row that is not the leaf's any more (what
+is left of its last group is padding: zero); code, the place of its dtype in `DTYPES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+GROUP: Final = 16
+RECORD: Final = 4
+DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def readable(leaf: Tensor) -> bool:
+    """Say whether `leaf` (B, size) can be read where it lies: each system's elements in one piece.
+
+    Any alignment will do, and any distance from system to system.
+    """
+    return (leaf.stride(1) == 1 or leaf.shape[1] <= 1) and not leaf.is_neg()
+
+
+class LeafTables:
+    """Makes the tables of vectors whose leaves lie alike in a row of `ld` elements.
+
+    `starts` and `sizes` are the leaves' in elements; a leaf is given as (B, size).
+    """
+
+    def __init__(
+        self, starts: Sequence[int], sizes: Sequence[int], ld: int, device: torch.device | str
+    ):
+        self._starts, self._sizes = tuple(starts), tuple(sizes)
+        groups = torch.tensor([*starts, ld], device="cpu").diff() // GROUP
+        numbers = torch.arange(len(starts), dtype=torch.int32, device="cpu")
+        self._owners = numbers.repeat_interleave(groups).to(device)
+        self._unwritten: list[tuple[Tensor, list[int]]] = []
+        self._of_graphs: list[Tensor] = []
+
+    def table(self, leaves: Sequence[Tensor]) -> Tensor:
+        """Return the table of these leaves, each `readable` and no wider than the vectors' dtype.
+
+        It holds as long as they are kept alive. In a graph that is being captured the memory alone
+        is there: `write` fills it once the capture has ended, so that no replay has to.
+        """
+        words = [self._owners.data_ptr()]
+        for leaf, start, size in zip(leaves, self._starts, self._sizes, strict=True):
+            origin = leaf.data_ptr() - start * leaf.element_size()
+            stride = leaf.stride(0) * leaf.element_size()
+            words += [origin, stride, start + size, DTYPES.index(leaf.dtype)]
+        device = self._owners.device
+        if device.type != "cuda":
+            return torch.tensor(words, device=device)
+        if not torch.cuda.is_current_stream_capturing():
+            host = torch.tensor(words, device="cpu", pin_memory=True)
+            return host.to(device, non_blocking=True)
+        table = torch.empty(len(words), dtype=torch.int64, device=device)
+        self._unwritten.append((table, words))
+        return table
+
+    def write(self) -> None:
+        """Fill the tables of a graph that has been captured, on the stream that will replay it."""
+        for table, words in self._unwritten:
+            table.copy_(torch.tensor(words, device="cpu"))
+            self._of_graphs.append(table)  # kept: the graph has its address alone
+        self._unwritten.clear()

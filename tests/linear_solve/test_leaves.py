@@ -1,0 +1,175 @@
+"""Products that the fused steps read from leaves where they lie, as they do with `cuda_graph`."""
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+
+import tritonimplicit_kernels as kernels
+from tritonimplicit.linear_solve import CG, Jacobi, Neumann, NormalCG
+from tritonimplicit.linear_solve.rows import RowMatvec
+from tritonimplicit.vectors import Layout
+
+SOLVERS = {
+    "cg": CG(rtol=1e-3, maxiter=12),
+    "cg-jacobi": CG(rtol=1e-3, maxiter=12, M=Jacobi(2)),
+    "normal_cg": NormalCG(rtol=1e-3, maxiter=12),
+    "neumann": Neumann(rtol=1e-3, maxiter=12, alpha=0.6),
+}
+FLOAT = (torch.float32,) * 3
+MIXED = (torch.bfloat16, torch.float32, torch.float16)
+
+
+def tree(dtypes, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (3, 37), "b": (3, 4, 5), "c": (3,)}
+    return {
+        name: torch.randn(shape, generator=generator).to(device, dtype)
+        for (name, shape), dtype in zip(shapes.items(), dtypes, strict=True)
+    }
+
+
+def scale(v):
+    """The diagonal, in [1, 2], of the matrix that acts on leaves like v."""
+    steps = torch.linspace(1, 2, v.numel(), device=v.device)
+    return steps.view(v.shape).to(v.dtype)
+
+
+def unaligned(leaf):
+    memory = leaf.new_full((leaf.numel() + 1,), torch.nan)
+    memory[1:] = leaf.flatten()
+    return memory[1:].view(leaf.shape)
+
+
+def transposed(leaf):
+    return leaf.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+MEMORY = {
+    "new": lambda leaf: leaf,
+    "unaligned": unaligned,
+    "transposed": transposed,
+    "negative": lambda leaf: torch.complex(leaf, -leaf).conj().imag if leaf.numel() > 99 else leaf,
+}
+
+
+def in_graphs(solver, device):
+    """Solve with cuda_graph=True; where there can be no graph, a warning says so."""
+    asked = dataclasses.replace(solver, cuda_graph=True, check_every=2, backend="triton")
+
+    def solve(matvec, b):
+        warns = pytest.warns(UserWarning, match="no graph could be captured")
+        with warns if device == "cpu" else contextlib.nullcontext():
+            return asked.solve(matvec, b)
+
+    return solve
+
+
+def assert_same_solution(got, expected):
+    assert torch.equal(got.status, expected.status)
+    assert torch.equal(got.iterations, expected.iterations)
+    for name, leaf in expected.value.items():
+        assert torch.equal(got.value[name], leaf), name
+
+
+@pytest.mark.parametrize("batch_ndim", [0, 1])
+@pytest.mark.parametrize("dtypes", [FLOAT, MIXED], ids=["float32", "mixed"])
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_solve_that_reads_leaves_has_the_bits_of_one_that_reads_rows(
+    solver, dtypes, batch_ndim, device
+):
+    solver = dataclasses.replace(solver, batch_ndim=batch_ndim, on_failure="ignore")
+    b = tree(dtypes, device)
+
+    def matvec(v):
+        means = {name: leaf.view(3, -1).mean(1) for name, leaf in v.items()}
+        return {
+            name: scale(leaf) * leaf + means[name].view(3, *[1] * (leaf.ndim - 1))
+            for name, leaf in v.items()
+        }
+
+    expected = dataclasses.replace(solver, backend="triton").solve(matvec, b)
+    assert (expected.iterations >= 2).all()
+    assert_same_solution(in_graphs(solver, device)(matvec, b), expected)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_a_product_may_lie_in_memory_as_it_likes(memory, device):
+    solver = CG(rtol=1e-3, maxiter=12, batch_ndim=1)
+    b = tree(FLOAT, device)
+
+    def matvec(v):
+        av = {name: scale(leaf) * leaf for name, leaf in v.items()}
+        return {name: MEMORY[memory](leaf) for name, leaf in av.items()} | {"c": v["c"]}
+
+    def plainly(v):
+        return {name: scale(leaf) * leaf for name, leaf in v.items()} | {"c": v["c"].clone()}
+
+    expected = dataclasses.replace(solver, backend="triton").solve(plainly, b)
+    assert_same_solution(in_graphs(solver, device)(matvec, b), expected)
+
+
+def product_of(b, matvec, ridge=None):
+    layout = Layout.of(b)
+    apply = RowMatvec(matvec, layout, ridge)
+    apply.read_leaves_in_place()
+    v = layout.flatten(b, "b")
+    return apply, v, apply.product(v)
+
+
+def test_what_is_a_row_already_or_becomes_a_new_one_is_read_as_rows():
+    leaf = torch.randn(48)
+    doubled = []
+
+    def double(v):
+        doubled.append(2 * v)
+        return doubled[-1]
+
+    _, v, product = product_of(leaf, double)
+    assert product.data_ptr() == doubled[0].data_ptr() and torch.equal(product, 2 * v)
+    _, v, product = product_of((leaf, leaf[:3]), lambda v: v, ridge=1.0)
+    assert torch.equal(product, 2 * v)
+
+
+def test_leaves_are_copied_only_where_they_must_be():
+    b = (torch.randn(6), torch.randn(6), torch.randn(2, 3), torch.randn(4))
+    wide = torch.zeros(3, 2)
+    made = []
+
+    def matvec(v):  # swapped, which is v's own memory; transposed; expanded
+        made[:] = [2 * v[2]]
+        return v[1], v[0], wide.T, torch.ones(1).expand(4)
+
+    apply, v, _ = product_of(b, matvec)
+    own = {t.untyped_storage().data_ptr() for t in (v, wide)}
+    assert not own & {leaf.untyped_storage().data_ptr() for leaf in apply._leaves}
+    assert all(kernels.readable(leaf) for leaf in apply._leaves)
+    assert torch.equal(apply._leaves[0][0], b[1]) and torch.equal(apply._leaves[1][0], b[0])
+
+    apply, _, table = product_of(
+        b, lambda v: tuple(made.append(2 * leaf) or made[-1] for leaf in v)
+    )
+    pointers = [leaf.data_ptr() for leaf in made[-4:]]
+    assert [leaf.data_ptr() for leaf in apply._leaves] == pointers
+    assert table.dtype is torch.int64 and table.shape == (1 + 4 * 4,)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_replayed_graph_reads_what_each_product_leaves(solver):
+    """Large enough for whole blocks, with several graphs' tables alive."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(300, 401), (7,), (64, 64), (1,)]
+    b = tuple(torch.randn(s, generator=generator, device="cuda") for s in shapes)
+    solver = dataclasses.replace(solver, rtol=0.0, maxiter=24, on_failure="ignore")
+
+    def matvec(v):
+        return tuple(scale(leaf) * leaf for leaf in v)
+
+    expected = solver.solve(matvec, b)
+    for check_every in (2, 8):
+        asked = dataclasses.replace(solver, cuda_graph=True, check_every=check_every)
+        got = asked.solve(matvec, b)
+        assert torch.equal(got.iterations, expected.iterations)
+        assert all(map(torch.equal, got.value, expected.value))
