@@ -8,15 +8,31 @@ from __future__ import annotations
 
 from tritonimplicit_kernels import status
 from tritonimplicit_kernels.backends import BACKENDS, Backend, backend, partial_count
-from tritonimplicit_kernels.ops import cg_dots, cg_step, neumann_step, pcg_dots, pcg_step
+from tritonimplicit_kernels.ops import (
+    anderson_dots,
+    anderson_mix,
+    arnoldi_project,
+    arnoldi_step,
+    cg_dots,
+    cg_step,
+    multi_dot,
+    neumann_step,
+    pcg_dots,
+    pcg_step,
+)
 from tritonimplicit_kernels.reference import row_dots, row_norms, row_weighted_squares
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "anderson_dots",
+    "anderson_mix",
+    "arnoldi_project",
+    "arnoldi_step",
     "backend",
     "cg_dots",
     "cg_step",
+    "multi_dot",
     "neumann_step",
     "partial_count",
     "pcg_dots",

@@ -1,6 +1,7 @@
 """The layout of a batched solve: what the ops take, checked before anything is written.
 
-B systems, rows of ld elements (ld a multiple of 16, the padding zero), P partial sums a row.
+B systems, rows of ld elements (ld a multiple of 16, the padding zero), P partial sums a row; a
+basis or a history has room for K vectors of each system.
 """
 
 from __future__ import annotations
@@ -13,12 +14,22 @@ from torch import Tensor
 MAX_P: Final = 256
 
 _VECTOR_DTYPES = (torch.float32, torch.float64)
-_VECTORS = ("x", "r", "p", "ap", "d", "b", "ax")
+_HISTORIES = ("basis", "residuals", "moves")
+_ROWS = (
+    *("x", "r", "p", "ap", "d", "b", "ax", "v", "w", "w_out"),
+    *("image", "z", "z_before", "z_out", "residual"),
+)
+_VECTORS = (*_ROWS, *_HISTORIES)
 SHAPES: Final = {
-    **dict.fromkeys(_VECTORS, "B, ld"),
+    **dict.fromkeys(_ROWS, "B, ld"),
+    **dict.fromkeys(_HISTORIES, "K, B, ld"),
     "dots": "2, B, P",
-    **dict.fromkeys(("rr", "rr_out", "rz", "rz_out"), "B, P"),
-    **dict.fromkeys(("threshold", "limit", "alpha", "residual_sq"), "B"),
+    **dict.fromkeys(("products", "first", "second", "row", "rhs"), "K, B, P"),
+    "squares": "2, B, P",
+    **dict.fromkeys(("rr", "rr_out", "rz", "rz_out", "ww"), "B, P"),
+    **dict.fromkeys(("left", "column"), "B, K + 1"),
+    "coefficients": "B, K",
+    **dict.fromkeys(("threshold", "limit", "alpha", "residual_sq", "norm"), "B"),
     **dict.fromkeys(("state", "state_out"), "2, B"),
 }
 
@@ -43,7 +54,9 @@ def check_layout(**tensors: Tensor) -> None:
             f"{name} must be (B, ld) with ld a positive multiple of 16, not "
             f"{tuple(first.shape)}: pad the rows with zeros"
         )
+    capacity = _capacity(**tensors)
     sizes = {"2": 2, "B": first.shape[0], "ld": first.shape[1], "P": _partial_count(**tensors)}
+    sizes |= {"K": capacity, "K + 1": capacity + 1}
     for name, tensor in tensors.items():
         dtype = dtype_of(name, first.dtype)
         if tensor.dtype != dtype:
@@ -69,8 +82,29 @@ def check_memory(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must have memory of its own, apart from its input's")
 
 
+def check_counts(counts: dict[str, int], **tensors: Tensor) -> None:
+    """Raise ValueError unless `count` vectors of a history, and the one in `slot`, are there."""
+    limits = {"count": (1, _capacity(**tensors)), "slot": (0, counts.get("count", 0) - 1)}
+    for name in limits.keys() & counts.keys():
+        low, high = limits[name]
+        if not low <= counts[name] <= high:
+            raise ValueError(f"{name} must be from {low} to {high}, not {counts[name]}")
+
+
+def _capacity(**tensors: Tensor) -> int:
+    """K, the vectors of a system that a history has room for, or 0 where there is none."""
+    name, history = next(((n, t) for n, t in tensors.items() if n in _HISTORIES), ("", None))
+    if history is None:
+        return 0
+    if history.ndim != 3 or history.shape[0] == 0:
+        raise ValueError(f"{name} must be (K, B, ld) with K positive, not {tuple(history.shape)}")
+    return history.shape[0]
+
+
 def _partial_count(**tensors: Tensor) -> int:
-    name, partials = next((n, t) for n, t in tensors.items() if "P" in SHAPES[n])
+    name, partials = next(((n, t) for n, t in tensors.items() if "P" in SHAPES[n]), ("", None))
+    if partials is None:
+        return 0
     count = partials.shape[-1] if partials.ndim else 0
     if not 1 <= count <= MAX_P:
         raise ValueError(

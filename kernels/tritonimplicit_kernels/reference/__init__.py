@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from typing import Final
 
+from tritonimplicit_kernels.reference.anderson import anderson_dots, anderson_mix
+from tritonimplicit_kernels.reference.arnoldi import arnoldi_project, arnoldi_step, multi_dot
 from tritonimplicit_kernels.reference.cg import cg_dots, cg_step
 from tritonimplicit_kernels.reference.dots import row_dots, row_norms, row_weighted_squares
 from tritonimplicit_kernels.reference.neumann import neumann_step
 from tritonimplicit_kernels.reference.pcg import pcg_dots, pcg_step
 
 __all__ = [
+    "anderson_dots",
+    "anderson_mix",
+    "arnoldi_project",
+    "arnoldi_step",
     "cg_dots",
     "cg_step",
+    "multi_dot",
     "name",
     "neumann_step",
     "partial_count",

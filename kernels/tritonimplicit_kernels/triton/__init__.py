@@ -6,17 +6,27 @@ from typing import Final
 
 import triton
 
+from tritonimplicit_kernels.triton.anderson_dots import anderson_dots
+from tritonimplicit_kernels.triton.anderson_mix import anderson_mix
+from tritonimplicit_kernels.triton.arnoldi_project import arnoldi_project
+from tritonimplicit_kernels.triton.arnoldi_step import arnoldi_step
 from tritonimplicit_kernels.triton.cg_dots import _cg_dots_kernel, cg_dots
 from tritonimplicit_kernels.triton.cg_step import cg_step
 from tritonimplicit_kernels.triton.launch import partial_count
+from tritonimplicit_kernels.triton.multi_dot import multi_dot
 from tritonimplicit_kernels.triton.neumann_step import neumann_step
 from tritonimplicit_kernels.triton.pcg_dots import pcg_dots
 from tritonimplicit_kernels.triton.pcg_step import pcg_step
 
 __all__ = [
     "INTERPRETED",
+    "anderson_dots",
+    "anderson_mix",
+    "arnoldi_project",
+    "arnoldi_step",
     "cg_dots",
     "cg_step",
+    "multi_dot",
     "name",
     "neumann_step",
     "partial_count",
