@@ -23,8 +23,10 @@ def _remember_block(
     difference = residual - tl.load(residual_ptr + offsets, mask=mask, other=other)
     tl.store(residual_ptr + offsets, residual, mask=mask)
     tl.store(difference_ptr + offsets, difference, mask=mask)
-    tl.store(move_ptr + offsets, step + beta * difference, mask=mask)
-    return image.to(tl.float64), residual.to(tl.float64), difference.to(tl.float64)
+    difference64 = difference.to(tl.float64)
+    move = step.to(tl.float64) + difference64 * beta
+    tl.store(move_ptr + offsets, move.to(z.dtype), mask=mask)
+    return image.to(tl.float64), residual.to(tl.float64), difference64
 
 
 @triton.jit(do_not_specialize=["slot", "count", "beta", "ld16", "P"])
@@ -71,11 +73,10 @@ def _anderson_dots_kernel(
         difference_ptr = residuals_ptr + slot * stride
         move_ptr = moves_ptr + (b * ld + slot * stride)
         others = have & (rows != slot)
-        scale = beta.to(image_ptr.dtype.element_ty)
         lanes = tl.arange(0, BLOCK)
         for s in range(start, whole, BLOCK):
             image, residual, difference = _remember_block(
-                *(image_ptr, z_ptr, z_before_ptr, residual_ptr, difference_ptr, move_ptr, scale),
+                *(image_ptr, z_ptr, z_before_ptr, residual_ptr, difference_ptr, move_ptr, beta),
                 *(s + lanes, None, None),
             )
             history = load_rows(residuals_ptr, row_offsets, others, s + lanes, None)
@@ -87,7 +88,7 @@ def _anderson_dots_kernel(
         if whole < end:
             tail = whole + lanes
             image, residual, difference = _remember_block(
-                *(image_ptr, z_ptr, z_before_ptr, residual_ptr, difference_ptr, move_ptr, scale),
+                *(image_ptr, z_ptr, z_before_ptr, residual_ptr, difference_ptr, move_ptr, beta),
                 *(tail, tail < end, 0.0),
             )
             history = load_rows(residuals_ptr, row_offsets, others, tail, tail < end)
