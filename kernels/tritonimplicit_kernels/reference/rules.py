@@ -106,41 +106,23 @@ def _settle(
 
 
 def decide_arnoldi(
-    h: Tensor,
-    more: Tensor,
-    ww: Tensor,
-    left: Tensor,
-    norm: Tensor,
+    size_sq: Tensor,
+    singular: Tensor,
     rr: Tensor,
     state: Tensor,
     threshold: Tensor,
     maxiter: int,
     state_out: Tensor,
     residual_sq: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Settle the state; say which systems advance, and which of them get another vector, (B,).
+) -> Tensor:
+    """Settle the state; return which systems advance (B,).
 
-    `h` (B, k) are the coefficients of both projections, `more` those of the second; `left` (B, k)
-    is the left null vector of H so far. Return also H's subdiagonal entry, the null vector's next
-    element, and the squared residual norm, (B,) each.
+    `size_sq` (B,) is the squared norm of H's column, and `singular` says where H has no inverse.
     """
-    # Pythagoras, as the basis is orthonormal: the second projection takes away next to nothing.
-    rest_sq = (ww.sum(-1) - more.square().sum(1)).clamp_min_(0)
-    size_sq = h.square().sum(1) + rest_sq
-    dot, left_sq = (left * h).sum(1), left.square().sum(1)
-    negligible = (10 * torch.finfo(dtype).eps) ** 2
-    closed = rest_sq <= negligible * size_sq  # the Krylov space is invariant
-    rr_b = rr.sum(-1)
     code = torch.full_like(state[0], status.RUNNING)
-    code.masked_fill_(closed & (dot.square() <= negligible * size_sq * left_sq), status.BREAKDOWN)
+    code.masked_fill_(singular, status.BREAKDOWN)
     code.masked_fill_(~(size_sq < torch.inf), status.NON_FINITE)
     code.masked_fill_(state[1] >= maxiter, status.MAX_ITERATIONS)
-    code.masked_fill_(rr_b <= threshold, status.CONVERGED)
-    code.masked_fill_(~(rr_b < torch.inf), status.NON_FINITE)
-    advances = _settle(code, rr_b, state, state_out, residual_sq)
-    entry = rest_sq.sqrt()
-    growth = -dot / entry.masked_fill(closed, 1.0)
-    # The exact solution is in an invariant space: that is a claim, and the truth will tell.
-    remaining = (norm.square() / (left_sq + growth.square())).masked_fill_(closed, 0.0)
-    return advances, advances & ~closed, entry, growth, remaining
+    code.masked_fill_(rr <= threshold, status.CONVERGED)
+    code.masked_fill_(~(rr < torch.inf), status.NON_FINITE)
+    return _settle(code, rr, state, state_out, residual_sq)
