@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.fixed_point.base import FixedPointSolver
-from tritonimplicit.fixed_point.iteration import Iteration
+from tritonimplicit.fixed_point.iteration import Iteration, Successive
 from tritonimplicit.linear_solve.base import check_choice, check_count
 from tritonimplicit.linear_solve.plain import column, full_precision, normalised
 from tritonimplicit.linear_solve.rows import RowMatvec
@@ -42,7 +42,7 @@ class Broyden(FixedPointSolver):
         return _QuasiNewton(self, f, z)
 
 
-class _QuasiNewton(Iteration):
+class _QuasiNewton(Successive):
     """H = -I + sum over j of _left[j] _right[j]^T."""
 
     def __init__(self, solver: Broyden, f: RowMatvec, z: Tensor):
