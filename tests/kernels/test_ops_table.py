@@ -9,7 +9,8 @@ triton = pytest.importorskip("triton", reason="triton is a dependency on Linux o
 tl = triton.language
 
 from tools import ops_table  # noqa: E402
-from tritonimplicit.linear_solve import CG, Jacobi, Neumann  # noqa: E402
+from tritonimplicit.fixed_point import Anderson  # noqa: E402
+from tritonimplicit.linear_solve import CG, GMRES, Jacobi, Neumann  # noqa: E402
 from tritonimplicit_kernels import ops  # noqa: E402
 from tritonimplicit_kernels import triton as kernels  # noqa: E402
 
@@ -25,16 +26,37 @@ def test_an_iteration_is_as_lean_as_promised(method: str, passes: int, launches:
     assert (counted.passes, counted.launches) == (passes, launches)
 
 
+@pytest.mark.parametrize("k", [7, 15])
+@pytest.mark.parametrize(
+    ("method", "slope", "rest", "launches"),
+    [("`GMRES`, k vectors", 3, 5, 3), ("`Anderson`, k differences", 2, 9, 2)],
+)
+def test_each_vector_of_a_history_costs_what_is_promised(
+    method: str, slope: int, rest: int, launches: int, k: int
+) -> None:
+    counted = ops_table.count_iteration(method, k)
+    assert (counted.passes, counted.launches) == (slope * k + rest, launches)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [(7.0, 15.0, "k"), (8.0, 16.0, "k + 1"), (4.0, 4.0, "4"), (26.0, 50.0, "3 k + 5")],
+)
+def test_a_count_is_shown_in_k(low: float, high: float, shown: str) -> None:
+    assert ops_table.in_k(low, high) == shown
+
+
 @pytest.mark.parametrize(
     ("method", "solver"),
     [
         ("`CG`", CG(backend="triton", rtol=0.0, maxiter=3)),
         ("`CG(M=Jacobi())`", CG(backend="triton", rtol=0.0, maxiter=3, M=Jacobi(1, seed=1))),
         ("`Neumann`", Neumann(backend="triton", rtol=0.0, maxiter=3)),
+        ("`GMRES`, k vectors", GMRES(backend="triton", rtol=0.0, maxiter=3)),
     ],
 )
 def test_a_solver_launches_its_iterations_ops(
-    method: str, solver: CG | Neumann, monkeypatch: pytest.MonkeyPatch
+    method: str, solver: CG | GMRES | Neumann, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = []
     for op in ops.SCHEMAS:
@@ -45,6 +67,19 @@ def test_a_solver_launches_its_iterations_ops(
     matrix = torch.linspace(0.5, 1.5, 20).diag() + 0.01  # with 20 eigenvalues: not solved in 3
     solver.solve(lambda v: matrix @ v, torch.linspace(1, 2, 20))
     assert launched == list(ops_table.ITERATIONS[method]) * 3
+
+
+def test_anderson_launches_its_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    for op in ops.SCHEMAS:
+        run = getattr(kernels, op)
+        monkeypatch.setattr(
+            kernels, op, lambda *args, op=op, run=run: (launched.append(op), run(*args))
+        )
+    solver = Anderson(backend="triton", rtol=0.0, maxiter=3, on_failure="ignore")
+    solver.solve(lambda z: torch.cos(z) * torch.linspace(0.1, 0.9, 20), torch.zeros(20))
+    # A step mixes, evaluates f, and remembers.
+    assert launched == ["anderson_mix", "anderson_dots"] * 3
 
 
 def test_the_docs_have_the_table_of_today() -> None:

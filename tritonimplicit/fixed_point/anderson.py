@@ -75,7 +75,9 @@ class _Mixing(Iteration):
         # What was before the last z is needed no more: its memory takes the next.
         following = torch.empty_like(self.z) if self._before is None else self._before
         self._backend.anderson_mix(
-            *(self.z, self.residual, self._moves, self._coefficients, max(k, 1), self._beta),
+            *(self.z, self.residual, self._moves, self._coefficients),
+            max(k, 1),
+            self._beta,
             *(self.progress.state_out, following),
         )
         self._before, self.z = self.z, self._rounded(following)
@@ -86,8 +88,10 @@ class _Mixing(Iteration):
         slot, self._count = self._count % len(self._moves), self._count + 1
         k = min(self._count, len(self._moves))
         self._backend.anderson_dots(
-            *(self._f(self.z), self.z, self._before, self.residual),
-            *(self._residuals, self._moves, slot, k, self._beta),
+            *(self._f(self.z), self.z, self._before, self.residual, self._residuals, self._moves),
+            slot,
+            k,
+            self._beta,
             *(self.progress.state_out, self._row, self._rhs, self._squares),
         )
         self._gram[:, slot, :k] = self._gram[:, :k, slot] = self._row[:k].sum(-1).T

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonimplicit_kernels.reference.dots import row_dots, row_squares, scratch
+from tritonimplicit_kernels.reference.dots import row_dots, row_squares, scratch, squares
 from tritonimplicit_kernels.reference.history import less_combination
 from tritonimplicit_kernels.reference.tiles import TILE, Rows, row_groups, write_sums
 
@@ -124,8 +124,6 @@ def _remember_tile(
     pair[0].copy_(change)
     pair[1].copy_(residual[rows, columns])
     wide.copy_(image)
-    # (R, 2, W) by (R, W, k), and squares as products of a row with itself
-    both = torch.bmm(pair.transpose(0, 1), history.permute(1, 2, 0))
-    own = torch.bmm(pair[1][:, None], pair[1][:, :, None])
-    images = torch.bmm(wide[:, None], wide[:, :, None])
-    return torch.cat([both.flatten(1), own[:, 0], images[:, 0]], 1).T
+    both = torch.bmm(pair.transpose(0, 1), history.permute(1, 2, 0))  # (R, 2, k)
+    own = torch.stack([squares(pair[1]), squares(wide)])
+    return torch.cat([both.flatten(1).T, own])

@@ -46,7 +46,7 @@ def _anderson_mix_kernel(
     b = (pid // P).to(tl.int64)
     rows = tl.arange(0, K)
     runs = tl.load(state_ptr + b) < 0
-    have = (rows < count) & runs  # of a frozen sample no history is read
+    have = rows < tl.where(runs, count, 0)  # of a frozen sample no history is read
     c = tl.load(coefficients_ptr + b * capacity + rows, mask=have, other=0.0)
     ld = ld16.to(tl.int64) * 16
     start, whole, end = chunk_bounds(pid % P, ld, P, BLOCK)
