@@ -40,6 +40,8 @@ TARGETS = [
     GPUTarget("hip", "gfx1100", 32),
 ]
 DTYPES = [torch.float32, torch.float64]
+RESIDENT = {"_dense_cg_kernel"}
+"""Whole solves: what they read stays in registers, and their loops load nothing."""
 BUDGET = Path(__file__).with_name("kernels_budget.json")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SINGLE_VECTORS = {
@@ -75,11 +77,13 @@ class Report:
     def usage(self) -> str:
         return f"{self.registers} registers, {self.spills} spills"
 
-    def faults(self, singles: int = 0) -> list[str]:
+    def faults(self, singles: int = 0, resident: bool = False) -> list[str]:
         """Say what is wrong; `singles` loads beside each four may be narrow."""
         found = []
         if self.spills:
             found.append(f"spills ({self.spills})")
+        if resident:
+            return [*found, "loads in a loop"] if self.bulk_widths else found
         if not self.bulk_widths:
             found.append("has no main loop with loads")
         elif 4 * (len(self.bulk_widths) - self.wide) > singles * self.wide:
@@ -251,10 +255,8 @@ def compile_all() -> tuple[Usage, list[str]]:
                 share = f"{r.wide} of {len(r.bulk_widths)}"
                 row = f"{kernel.strip('_'):24}{str(dtype)[6:]:9}{name:9}{r.registers:>9}"
                 print(f"{row}{r.spills:>8}{share:>20}{r.shared:>14}")
-                faults += [
-                    f"{kernel} in {dtype} for {name} {fault}"
-                    for fault in r.faults(SINGLE_VECTORS.get(kernel, 0))
-                ]
+                found = r.faults(SINGLE_VECTORS.get(kernel, 0), kernel in RESIDENT)
+                faults += [f"{kernel} in {dtype} for {name} {fault}" for fault in found]
     return used, faults
 
 

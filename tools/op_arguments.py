@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from tritonimplicit_kernels import ops, status
-from tritonimplicit_kernels.layout import SHAPES, dtype_of
+from tritonimplicit_kernels.layout import MAX_DENSE, SHAPES, dtype_of, shape_of
 
 _VALUES = {
-    "state": status.RUNNING,
-    "threshold": 0.0,
-    "limit": math.inf,
-    **dict.fromkeys(("first", "second"), 0.0),  # w is orthogonal to the basis already
+    "state": torch.tensor(status.RUNNING),
+    "threshold": torch.tensor(0.0),
+    "limit": torch.tensor(math.inf),
+    # t.t = 2: BiCGSTAB goes on along its direction.
+    "half_dots": torch.tensor([1.0, 2.0, 1.0, 1.0])[:, None, None],
+    **dict.fromkeys(("first", "second"), torch.tensor(0.0)),  # w is orthogonal to the basis already
 }
 _NUMBERS = {"maxiter": 100, "slot": 0, "beta": 1.0}
 
@@ -27,15 +29,18 @@ def arguments(
     `count` vectors are in a basis or history, which has room for another.
     """
     assert op in ops.SCHEMAS
-    sizes = {"2": 2, "B": batch, "ld": ld, "P": partials, "K": count + 1, "K + 1": count + 2}
+    sizes = {
+        "B": batch,
+        "ld": ld,
+        "P": partials,
+        "n": MAX_DENSE,
+        "K": count + 1,
+        "K + 1": count + 2,
+    }
     numbers = _NUMBERS | {"count": count}
     names = [a.name for a in getattr(torch.ops.tritonimplicit, op).default._schema.arguments]
     return {
-        name: torch.full(
-            [sizes[size] for size in SHAPES[name].split(", ")],
-            _VALUES.get(name, 1),
-            dtype=dtype_of(name, dtype),
-        )
+        name: torch.ones(shape_of(name, sizes), dtype=dtype_of(name, dtype)) * _VALUES.get(name, 1)
         if name in SHAPES
         else numbers[name]
         for name in names

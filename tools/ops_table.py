@@ -31,8 +31,18 @@ ITERATIONS = {
     "`Neumann`": ("neumann_step",),
     "`GMRES`, k vectors": ("multi_dot", "arnoldi_project", "arnoldi_step"),
     "`Anderson`, k differences": ("anderson_dots", "anderson_mix"),
+    "`BiCGSTAB`": (
+        *("bicgstab_dots", "bicgstab_half_step", "bicgstab_half_dots"),
+        "bicgstab_step",
+    ),
+    "`BiCGSTAB(M=...)`": (
+        *("bicgstab_dots", "bicgstab_half_step", "bicgstab_half_dots"),
+        "pbicgstab_step",
+    ),
 }
 """The ops of one iteration, in their order."""
+SOLVES = ("dense_cg",)
+"""Ops that do a whole solve, and whose passes are over the matrix."""
 _FLOPS = ("create_fadd", "create_fsub", "create_fmul", "create_fdiv", "create_fma")
 # Whole blocks only, several a program: no lane is masked.
 _BATCH, _LD, _PARTIALS = 2, 2**14, 2
@@ -126,8 +136,13 @@ class Meter:
 
 def count(op: str, k: int = _COUNTS[0]) -> Count:
     """Run `op` in the interpreter, on systems that all run and have k vectors, and count."""
-    values = arguments(op, torch.float32, _BATCH, _LD, _PARTIALS, k)
-    vectors = [v for name, v in values.items() if SHAPES.get(name) in ("B, ld", "K, B, ld")]
+    return count_on(op, arguments(op, torch.float32, _BATCH, _LD, _PARTIALS, k))
+
+
+def count_on(op: str, values: dict[str, Tensor | int | float]) -> Count:
+    """Run `op` on these arguments in the interpreter, and count."""
+    passes = ("B, ld", "K, B, ld", "B, n, n")
+    vectors = [v for name, v in values.items() if SHAPES.get(name) in passes]
     meter = Meter([v for v in vectors if isinstance(v, Tensor)])
     with meter.running():
         getattr(kernels, op)(*values.values())
@@ -156,6 +171,8 @@ def table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for op in ops.SCHEMAS:
+        if op in SOLVES:
+            continue
         c, more = (count(op, k) for k in _COUNTS)
         reads, writes, passes, flops = (
             in_k(getattr(c, name), getattr(more, name))
@@ -170,6 +187,10 @@ def table() -> str:
         c, more = (count_iteration(method, k) for k in _COUNTS)
         shown = ", ".join(f"`{name}`" for name in names)
         lines.append(f"| {method} | {shown} | {c.launches} | {in_k(c.passes, more.passes)} |")
+    lines += ["", "| a whole solve | launches | matrix read | written |", "|---|---|---|---|"]
+    for op in SOLVES:
+        c = count(op)
+        lines.append(f"| `{op}` | {c.launches} | {c.reads:g} | {c.writes:g} |")
     return "\n".join(lines) + "\n"
 
 

@@ -23,7 +23,7 @@ class History:
     count: int
 
     SECOND = ("state", "state_out", "squares")
-    HISTORIES = ("basis", "residuals", "moves", "products", "first", "second", "row", "rhs")
+    HISTORIES = ("basis", "residuals", "moves", "first", "second", "row", "products")
 
     def launch(self, backend: Backend) -> None:
         raise NotImplementedError
@@ -104,7 +104,7 @@ class Anderson(History):
     slot: int
     beta: float
     row: Tensor
-    rhs: Tensor
+    products: Tensor
     squares: Tensor
     z_out: Tensor
 
@@ -115,7 +115,7 @@ class Anderson(History):
     def launch_dots(self, backend: Backend) -> None:
         backend.anderson_dots(
             *(self.image, self.z, self.z_before, self.residual, self.residuals, self.moves),
-            *(self.slot, self.count, self.beta, self.state, self.row, self.rhs, self.squares),
+            *(self.slot, self.count, self.beta, self.state, self.row, self.products, self.squares),
         )
 
     def launch_mix(self, backend: Backend) -> None:
@@ -197,7 +197,7 @@ def anderson(
         slot=slot,
         beta=0.7,
         row=sums,
-        rhs=sums.clone(),
+        products=sums.clone(),
         squares=torch.full((2, batch, parts), POISON, dtype=F64),
         z_out=torch.full_like(z, POISON),
     )

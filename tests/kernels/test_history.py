@@ -235,10 +235,10 @@ def test_anderson_remembers_as_the_oracle(
     assert same(done.moves[others], step.moves[others])
     history = done.residuals[:count]
     dots_oracle(history, change, EPS64).check(done.row[:count].sum(-1))
-    dots_oracle(history, residual, EPS64).check(done.rhs[:count].sum(-1))
+    dots_oracle(history, residual, EPS64).check(done.products[:count].sum(-1))
     own = torch.stack([residual, step.image])
     dots_oracle(own, own, EPS64).check(done.squares.sum(-1))
-    assert done.row[count:].isnan().all() and done.rhs[count:].isnan().all()
+    assert done.row[count:].isnan().all() and done.products[count:].isnan().all()
 
 
 @dtypes
@@ -277,7 +277,7 @@ def test_a_frozen_sample_is_kept(target: Target) -> None:
         before, now = getattr(step, name), getattr(done, name)
         assert same(before[..., frozen, :], now[..., frozen, :]), name
     assert torch.equal(done.z_out[frozen], step.z[frozen])
-    for sums in (done.row[:3], done.rhs[:3], done.squares):
+    for sums in (done.row[:3], done.products[:3], done.squares):
         assert not sums[:, frozen].any() and (sums[:, runs] != 0).all()
     alone = step.select(runs).to(target.device)
     alone.launch(target.backend)
@@ -297,7 +297,9 @@ def test_float32_at_any_scale(target: Target, make: Callable[..., History], scal
     done.launch(target.backend)
     plain.launch(target.backend)
     pairs = (
-        [("column", 1)] if isinstance(done, Arnoldi) else [("row", 2), ("rhs", 2), ("squares", 2)]
+        [("column", 1)]
+        if isinstance(done, Arnoldi)
+        else [("row", 2), ("products", 2), ("squares", 2)]
     )
     eps = torch.finfo(torch.float32).eps
     for name, power in pairs:
@@ -347,6 +349,23 @@ def test_the_references_bits_are_a_systems_own(
     torch.set_num_threads(before)
 
 
+@dtypes
+def test_the_common_case_writes_what_the_rules_do(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = arnoldi(4, 300, dtype, parts=2)
+    common, ruled = step.to("cpu"), step.to("cpu")
+    common.launch(reference)
+    seen = []
+    monkeypatch.setattr(
+        "tritonimplicit_kernels.reference.arnoldi.all_advance_arnoldi",
+        lambda *_: bool(seen.append(1)),
+    )
+    ruled.launch(reference)
+    assert seen
+    assert_same_bits(common, ruled)
+
+
 @both
 def test_off_the_cpu_nothing_is_read_by_the_host(make: Callable[..., History]) -> None:
     step = make(3, 500, torch.float32).to("meta")  # has no numbers: to read one is an error
@@ -371,7 +390,7 @@ def test_a_long_row_beside_the_reference(make: Callable[..., History], dtype: to
     unit = 8 * n**0.5 * torch.finfo(dtype).eps
     theirs = expected.tensors()
     for name, value in done.to("cpu").tensors().items():
-        sums = name in ("first", "second", "ww", "row", "rhs", "squares", "rr_out")
+        sums = name in ("first", "second", "ww", "row", "products", "squares", "rr_out")
         ours, other = (v.sum(-1) if sums else v for v in (value, theirs[name]))
         scale = other.nan_to_num().abs().max().double().item()
         torch.testing.assert_close(ours, other, rtol=unit, atol=unit * scale, equal_nan=True)

@@ -60,7 +60,7 @@ class _Mixing(Iteration):
         self._residuals = z.new_zeros(m, samples, ld)
         self._moves = torch.zeros_like(self._residuals)
         self._gram = z.new_zeros(samples, m, m, dtype=torch.float64)
-        self._row, self._rhs = self._gram.new_empty(2, m, samples, partials)
+        self._row, self._products = self._gram.new_empty(2, m, samples, partials)
         self._squares = self._gram.new_empty(2, samples, partials)
         self._coefficients = self._gram.new_zeros(samples, m)
         self._ridge = torch.finfo(z.dtype).eps * torch.eye(m, dtype=torch.float64, device=z.device)
@@ -87,16 +87,23 @@ class _Mixing(Iteration):
             return super()._evaluate()
         slot, self._count = self._count % len(self._moves), self._count + 1
         k = min(self._count, len(self._moves))
+        # Kept for `judge`; the memory is the next evaluation's.
+        self._image = self._f(self.z)
         self._backend.anderson_dots(
-            *(self._f(self.z), self.z, self._before, self.residual, self._residuals, self._moves),
+            *(self._image, self.z, self._before, self.residual, self._residuals, self._moves),
             slot,
             k,
             self._beta,
-            *(self.progress.state_out, self._row, self._rhs, self._squares),
+            *(self.progress.state_out, self._row, self._products, self._squares),
         )
         self._gram[:, slot, :k] = self._gram[:, :k, slot] = self._row[:k].sum(-1).T
         norm, image_norm = self._squares.sum(-1).sqrt_()
         return norm, self._tolerance(image_norm)
+
+    def judge(self) -> tuple[Tensor, Tensor]:
+        if self._before is None:
+            return super().judge()
+        return self._norms(self._image, self._image - self.z)  # the kernels' are without the frozen
 
     def _least_squares(self, k: int) -> Tensor:
         """The c of least ‖r - dR c‖, (B, k), by normal equations of unit columns."""
@@ -104,7 +111,7 @@ class _Mixing(Iteration):
         norms = gram.diagonal(dim1=1, dim2=2).sqrt()  # (B, k)
         norms.masked_fill_(norms == 0, 1.0)
         matrix = gram / (norms[:, :, None] * norms[:, None, :]) + self._ridge[:k, :k]
-        rhs = self._rhs[:k].sum(-1).T / norms
+        rhs = self._products[:k].sum(-1).T / norms
         return _positive_solve(matrix, rhs[:, :, None])[:, :, 0] / norms
 
 

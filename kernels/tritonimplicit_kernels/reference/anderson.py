@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonimplicit_kernels.reference.dots import row_dots, row_squares, scratch, squares
+from tritonimplicit_kernels.reference.dots import many, row_dots, row_squares, squares
 from tritonimplicit_kernels.reference.history import less_combination
 from tritonimplicit_kernels.reference.tiles import TILE, Rows, row_groups, write_sums
 
@@ -22,7 +22,7 @@ def anderson_dots(
     beta: float,
     state: Tensor,
     row: Tensor,
-    rhs: Tensor,
+    products: Tensor,
     squares: Tensor,
 ) -> None:
     """Remember the last differences of each running sample, and write the dots of all."""
@@ -31,14 +31,14 @@ def anderson_dots(
         _remember_plainly(*(image, z, z_before, residual, residuals[slot], moves[slot], beta, runs))
         history = residuals[:count].unbind()
         sums = [[row_dots(u, v) for u in history] for v in (residuals[slot], residual)]
-        for out, values in zip((row, rhs), sums, strict=True):
+        for out, values in zip((row, products), sums, strict=True):
             out[:count] = 0
             out[:count, :, 0] = torch.where(runs, torch.stack(values), 0.0)
         squares.zero_()
         both = torch.stack([row_squares(residual), row_squares(image)])
         squares[..., 0] = torch.where(runs, both, 0.0)
         return
-    for out in (row[:count], rhs[:count], squares):
+    for out in (row[:count], products[:count], squares):
         out.zero_()
     for rows in row_groups(z, runs, weight=count + 3):
         sums_of_rows = torch.stack(
@@ -51,7 +51,7 @@ def anderson_dots(
             ]
         ).sum(0)  # (2 k + 2, R)
         write_sums(row[:count], rows, sums_of_rows[:count])
-        write_sums(rhs[:count], rows, sums_of_rows[count : 2 * count])
+        write_sums(products[:count], rows, sums_of_rows[count : 2 * count])
         write_sums(squares, rows, sums_of_rows[2 * count :])
 
 
@@ -110,7 +110,7 @@ def _remember_tile(
 ) -> Tensor:
     """Do a tile of some rows; return its part of the sums, (2 k + 2, R)."""
     image, z, z_before = (v[rows, columns] for v in (image, z, z_before))
-    room = scratch(image, count + 3)  # (k + 3, R, W)
+    room = many(image, count + 3)  # (k + 3, R, W)
     now = room[-1].view(z.dtype)[:, : z.shape[1]]
     torch.sub(image, z, out=now)
     change = now - residual[rows, columns]

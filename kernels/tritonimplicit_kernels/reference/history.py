@@ -1,7 +1,8 @@
 """Products with several vectors of each system at once, (k, B, ld).
 
-On the CPU they are BLAS's, in the vectors' own precision: widened to float64 they would cost four
-times as much. A user's autocast does not reach them, as each writes into memory that it is given.
+On the CPU they are BLAS's, in the vectors' own precision: to widen them to float64 first would move
+several times their bytes. A user's autocast does not reach them, as each writes into memory that it
+is given.
 """
 
 from __future__ import annotations
@@ -53,10 +54,11 @@ def less_combination(v: Tensor, scale: float, c: Tensor, vectors: Tensor, out: T
 
 def running(state: Tensor) -> Tensor | None:
     """Return which systems run, (B,); None where the host can see at once that all do."""
-    seen = state[0]
-    if seen.device.type == "cpu" and seen.numel() and int(seen.amax()) < 0:
-        return None
-    return seen < 0
+    if state.device.type == "cpu" and state.numel():
+        highest, _ = state.amax(1).tolist()
+        if highest < 0:
+            return None
+    return state[0] < 0
 
 
 def write_running(out: Tensor, runs: Tensor | None, sums: Tensor) -> None:

@@ -10,8 +10,13 @@ from tritonimplicit_kernels.triton.anderson_dots import anderson_dots
 from tritonimplicit_kernels.triton.anderson_mix import anderson_mix
 from tritonimplicit_kernels.triton.arnoldi_project import arnoldi_project
 from tritonimplicit_kernels.triton.arnoldi_step import arnoldi_step
+from tritonimplicit_kernels.triton.bicgstab_dots import bicgstab_dots
+from tritonimplicit_kernels.triton.bicgstab_half_dots import bicgstab_half_dots
+from tritonimplicit_kernels.triton.bicgstab_half_step import bicgstab_half_step
+from tritonimplicit_kernels.triton.bicgstab_step import bicgstab_step, pbicgstab_step
 from tritonimplicit_kernels.triton.cg_dots import _cg_dots_kernel, cg_dots
 from tritonimplicit_kernels.triton.cg_step import cg_step
+from tritonimplicit_kernels.triton.dense_cg import dense_cg
 from tritonimplicit_kernels.triton.launch import partial_count
 from tritonimplicit_kernels.triton.multi_dot import multi_dot
 from tritonimplicit_kernels.triton.neumann_step import neumann_step
@@ -24,12 +29,18 @@ __all__ = [
     "anderson_mix",
     "arnoldi_project",
     "arnoldi_step",
+    "bicgstab_dots",
+    "bicgstab_half_dots",
+    "bicgstab_half_step",
+    "bicgstab_step",
     "cg_dots",
     "cg_step",
+    "dense_cg",
     "multi_dot",
     "name",
     "neumann_step",
     "partial_count",
+    "pbicgstab_step",
     "pcg_dots",
     "pcg_step",
 ]

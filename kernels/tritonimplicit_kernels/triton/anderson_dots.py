@@ -42,7 +42,7 @@ def _anderson_dots_kernel(
     beta: tl.float64,
     state_ptr,
     row_ptr,
-    rhs_ptr,
+    products_ptr,
     squares_ptr,
     ld16,
     P,
@@ -57,7 +57,7 @@ def _anderson_dots_kernel(
     have = rows < count
     newest = (rows == slot)[:, None]
     row = tl.zeros([K, BLOCK], tl.float64)
-    rhs = tl.zeros([K, BLOCK], tl.float64)
+    products = tl.zeros([K, BLOCK], tl.float64)
     residual_sq = tl.zeros([BLOCK], tl.float64)
     image_sq = tl.zeros([BLOCK], tl.float64)
     if tl.load(state_ptr + b) < 0:
@@ -82,7 +82,7 @@ def _anderson_dots_kernel(
             history = load_rows(residuals_ptr, row_offsets, others, s + lanes, None)
             history = tl.where(newest, difference[None, :], history)
             row += history * difference[None, :]
-            rhs += history * residual[None, :]
+            products += history * residual[None, :]
             residual_sq += residual * residual
             image_sq += image * image
         if whole < end:
@@ -94,11 +94,11 @@ def _anderson_dots_kernel(
             history = load_rows(residuals_ptr, row_offsets, others, tail, tail < end)
             history = tl.where(newest, difference[None, :], history)
             row += history * difference[None, :]
-            rhs += history * residual[None, :]
+            products += history * residual[None, :]
             residual_sq += residual * residual
             image_sq += image * image
     tl.store(row_ptr + rows * programs + pid, tl.sum(row, axis=1), mask=have)
-    tl.store(rhs_ptr + rows * programs + pid, tl.sum(rhs, axis=1), mask=have)
+    tl.store(products_ptr + rows * programs + pid, tl.sum(products, axis=1), mask=have)
     tl.store(squares_ptr + pid, tl.sum(residual_sq, axis=0))
     tl.store(squares_ptr + programs + pid, tl.sum(image_sq, axis=0))
 
@@ -115,7 +115,7 @@ def anderson_dots(
     beta: float,
     state: Tensor,
     row: Tensor,
-    rhs: Tensor,
+    products: Tensor,
     squares: Tensor,
 ) -> None:
     """Remember the last differences of each running sample, and write the partial sums of dots."""
@@ -134,6 +134,6 @@ def anderson_dots(
         beta,
         state,
         row,
-        rhs,
+        products,
         squares,
     )
