@@ -87,10 +87,8 @@ class _Mixing(Iteration):
             return super()._evaluate()
         slot, self._count = self._count % len(self._moves), self._count + 1
         k = min(self._count, len(self._moves))
-        # Kept for `judge`; the memory is the next evaluation's.
-        self._image = self._f(self.z)
         self._backend.anderson_dots(
-            *(self._image, self.z, self._before, self.residual, self._residuals, self._moves),
+            *(self._f(self.z), self.z, self._before, self.residual, self._residuals, self._moves),
             slot,
             k,
             self._beta,
@@ -99,11 +97,6 @@ class _Mixing(Iteration):
         self._gram[:, slot, :k] = self._gram[:, :k, slot] = self._row[:k].sum(-1).T
         norm, image_norm = self._squares.sum(-1).sqrt_()
         return norm, self._tolerance(image_norm)
-
-    def judge(self) -> tuple[Tensor, Tensor]:
-        if self._before is None:
-            return super().judge()
-        return self._norms(self._image, self._image - self.z)  # the kernels' are without the frozen
 
     def _least_squares(self, k: int) -> Tensor:
         """The c of least ‖r - dR c‖, (B, k), by normal equations of unit columns."""

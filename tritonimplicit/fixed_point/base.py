@@ -13,6 +13,7 @@ import optree
 import torch
 from torch import Tensor
 
+import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import (
     ON_FAILURE,
     Solution,
@@ -148,10 +149,11 @@ class FixedPointSolver(abc.ABC):
         layout = Layout.of(z0, self.batch_ndim, "z0")
         _refuse_transforms(z0)
         with torch.no_grad():
-            rows = RowMatvec(_plain(f), layout, name="f")
+            rows = _Evaluations(_plain(f), layout, name="f")
             iteration = self._iteration(rows, layout.flatten(z0, "z0"))
             iterate(self, iteration, self.maxiter)
-            solution = self._solution(iteration, layout)
+            assert rows.image is not None  # an iteration begins with an evaluation
+            solution = self._solution(iteration, layout, rows.image)
         record(solution)
         return solution, iteration
 
@@ -159,7 +161,8 @@ class FixedPointSolver(abc.ABC):
     def _iteration(self, f: RowMatvec, z: Tensor) -> Iteration:
         """The method at z (B, ld)."""
 
-    def _solution(self, iteration: Iteration, layout: Layout) -> Solution:
+    def _solution(self, iteration: Iteration, layout: Layout, image: Tensor) -> Solution:
+        """What became of it; `image` is f of the last z."""
         progress = iteration.progress
         progress.settle()
         status, iterations = progress.state
@@ -170,12 +173,12 @@ class FixedPointSolver(abc.ABC):
         status = status.masked_fill(failed & ~never, codes.DIVERGED)
         z = torch.where(converged[:, None], iteration.z, iteration.best)
         norm = torch.where(converged, progress.residual_sq.sqrt(), iteration.best_norm)
-        # Those that had stopped were evaluated to the end, beside the others. Twice the tolerance,
+        # f has evaluated those that had stopped to the end, beside the others. Twice the tolerance,
         # because f need not be bitwise repeatable.
-        last_norm, tolerance = iteration.judge()
-        unfounded = converged & ~(last_norm <= 2 * tolerance)
+        beside = kernels.row_norms(image - iteration.z)
+        unfounded = converged & ~(beside <= 2 * progress.threshold.sqrt())
         status = status.masked_fill(unfounded, codes.STAGNATED)
-        norm = torch.where(unfounded, last_norm, norm)
+        norm = torch.where(unfounded, beside, norm)
         history = progress.history
         return Solution(
             value=optree.tree_map(
@@ -195,6 +198,17 @@ def _unjudged(iteration: Iteration) -> Tensor | None:
         return None
     size = largest(iteration.residual)
     return (size > 0) & (size < SMALLEST) & (iteration.progress.threshold < SMALLEST**2)
+
+
+class _Evaluations(RowMatvec):
+    """f on rows, which keeps its last image."""
+
+    image: Tensor | None = None
+
+    def __call__(self, v: Tensor) -> Tensor:
+        self.image = None  # not beside the next one
+        self.image = image = super().__call__(v)
+        return image
 
 
 def _plain(f: Map) -> Map:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Iteration(abc.ABC):
     """z (B, ld) and residual f(z) - z; `best` has had the least residual norm, `best_norm` (B,).
 
-    A step costs one evaluation of f, of frozen samples too, and every residual is the true one of
-    its z. The vectors of a frozen sample other than z may turn to anything.
+    A step costs one evaluation of f, and every residual is the true one of its z. The vectors of a
+    frozen sample other than z may turn to anything.
     """
 
     def __init__(self, solver: FixedPointSolver, f: RowMatvec, z: Tensor):
@@ -55,15 +55,7 @@ class Iteration(abc.ABC):
         """Bring the residual up to date; return its norm and the tolerance, (B,) float64."""
         image = self._f(self.z)
         self.residual = image - self.z
-        self._judgement = self._norms(image, self.residual)
-        return self._judgement
-
-    def _norms(self, image: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.row_norms(residual), self._tolerance(kernels.row_norms(image))
-
-    def judge(self) -> tuple[Tensor, Tensor]:
-        """The residual norm and the tolerance (B,) of all samples by the last evaluation."""
-        return self._judgement
+        return kernels.row_norms(self.residual), self._tolerance(kernels.row_norms(image))
 
     def _tolerance(self, image_norm: Tensor) -> Tensor:
         """(B,) the residual norm at or below which a sample has converged, from ‖f(z)‖."""
