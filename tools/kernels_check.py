@@ -1,7 +1,8 @@
 """Compile every kernel for GPUs that need not be there, and judge the machine code.
 
 Prints a table, and fails on a spilled register, on a main loop's load that is not 128 bits wide,
-and where registers or spills are not those of kernels_budget.json, which `--update` writes.
+on an address computed in 32 bits, and where registers or spills are not those of
+kernels_budget.json, which `--update` writes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from tools.addresses import narrow_addresses
 from tools.op_arguments import arguments
 from tritonimplicit_kernels import ops
 from tritonimplicit_kernels import triton as kernels
@@ -77,7 +79,7 @@ class Report:
         return found
 
 
-class _OfflineDriver:
+class OfflineDriver:
     """Stands for a GPU that is not there: enough for Triton to compile, not to run."""
 
     def __init__(self, target: GPUTarget):
@@ -105,7 +107,7 @@ def compiling_only(target: GPUTarget) -> Iterator[dict[str, Any]]:
     def compile_only(self: JITFunction[Any], *args: Any, warmup: bool, **options: Any) -> None:
         compiled[self.__name__] = run(self, *args, warmup=True, **options)
 
-    offline = mock.patch.object(driver, "_active", _OfflineDriver(target))
+    offline = mock.patch.object(driver, "_active", OfflineDriver(target))
     with offline, mock.patch.object(JITFunction, "run", compile_only):
         yield compiled
 
@@ -241,7 +243,8 @@ def compile_all() -> tuple[Usage, list[str]]:
                 share = f"{r.wide} of {len(r.bulk_widths)}"
                 row = f"{kernel.strip('_'):22}{str(dtype)[6:]:9}{name:9}{r.registers:>9}"
                 print(f"{row}{r.spills:>8}{share:>20}{r.shared:>14}")
-                faults += [f"{kernel} in {dtype} for {name} {fault}" for fault in r.faults()]
+                found = [*r.faults(), *narrow_addresses(binary.asm["ttir"])]
+                faults += [f"{kernel} in {dtype} for {name} {fault}" for fault in found]
     return used, faults
 
 

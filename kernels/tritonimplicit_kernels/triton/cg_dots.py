@@ -30,7 +30,7 @@ def _cg_dots_kernel(
         start, whole, end = chunk_bounds(pid % P, ld, P, BLOCK)
         p_ptr += b * ld
         ap_ptr += b * ld
-        lanes = tl.arange(0, BLOCK)
+        lanes = tl.arange(0, BLOCK).to(tl.int64)
         for s in range(start, whole, BLOCK):
             p = tl.load(p_ptr + s + lanes).to(tl.float64)
             ap = tl.load(ap_ptr + s + lanes).to(tl.float64)

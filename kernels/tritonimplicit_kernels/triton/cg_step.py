@@ -78,7 +78,7 @@ def _cg_step_kernel(
         r_ptr += b * ld
         p_ptr += b * ld
         ap_ptr += b * ld
-        lanes = tl.arange(0, BLOCK)
+        lanes = tl.arange(0, BLOCK).to(tl.int64)
         for s in range(start, whole, BLOCK):
             squares += _update_block(
                 x_ptr, r_ptr, p_ptr, ap_ptr, alpha, beta, s + lanes, None, None

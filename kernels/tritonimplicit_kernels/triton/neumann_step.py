@@ -80,7 +80,7 @@ def _neumann_step_kernel(
         x_ptr += b * ld
         ax_ptr += b * ld
         b_ptr += b * ld
-        lanes = tl.arange(0, BLOCK)
+        lanes = tl.arange(0, BLOCK).to(tl.int64)
         for s in range(start, whole, BLOCK):
             squares += _update_block(x_ptr, ax_ptr, b_ptr, alpha, s + lanes, None, None)
         if whole < end:

@@ -32,7 +32,7 @@ def _pcg_dots_kernel(
         p_ptr += b * ld
         ap_ptr += b * ld
         d_ptr += b * ld
-        lanes = tl.arange(0, BLOCK)
+        lanes = tl.arange(0, BLOCK).to(tl.int64)
         for s in range(start, whole, BLOCK):
             p = tl.load(p_ptr + s + lanes).to(tl.float64)
             ap = tl.load(ap_ptr + s + lanes).to(tl.float64)

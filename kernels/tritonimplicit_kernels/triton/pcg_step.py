@@ -87,7 +87,7 @@ def _pcg_step_kernel(
         p_ptr += b * ld
         ap_ptr += b * ld
         d_ptr += b * ld
-        lanes = tl.arange(0, BLOCK)
+        lanes = tl.arange(0, BLOCK).to(tl.int64)
         for s in range(start, whole, BLOCK):
             square, energy = _update_block(
                 x_ptr, r_ptr, p_ptr, ap_ptr, d_ptr, alpha, beta, s + lanes, None, None
