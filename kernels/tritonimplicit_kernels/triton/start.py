@@ -24,13 +24,13 @@ def start(
     kernel: Any,
     device: int,
     programs: int,
-    args: tuple[Tensor | int, ...],
+    args: tuple[Tensor | int | float, ...],
     constexprs: tuple[int, ...],
     num_warps: int,
 ) -> None:
     """Run `kernel(*args, *constexprs)` on the current device, whose index is `device`.
 
-    A kernel's constexpr parameters come last, and it specialises no integer (`do_not_specialize`).
+    A kernel's constexpr parameters come last, and it specialises no number (`do_not_specialize`).
     """
     key = _key(kernel, device, args, constexprs, num_warps)
     form = None if key is None else _forms.get(key)
@@ -45,7 +45,7 @@ def start(
 def start_by_triton(
     kernel: Any,
     programs: int,
-    args: tuple[Tensor | int, ...],
+    args: tuple[Tensor | int | float, ...],
     constexprs: tuple[int, ...],
     num_warps: int,
 ) -> Any:
@@ -61,7 +61,7 @@ def start_by_triton(
 def _key(
     kernel: Any,
     device: int,
-    args: tuple[Tensor | int, ...],
+    args: tuple[Tensor | int | float, ...],
     constexprs: tuple[int, ...],
     num_warps: int,
 ) -> tuple[object, ...] | None:
@@ -71,6 +71,8 @@ def _key(
     for arg in args:
         if isinstance(arg, int):
             kinds.append(-(2**31) <= arg < 2**31)  # Triton passes it in 32 bits, or in 64
+        elif isinstance(arg, float):
+            kinds.append(float)
         else:
             addresses |= arg.data_ptr()
             kinds.append(arg.dtype)
