@@ -32,9 +32,9 @@ class Case:
     """Ops, and the same work in plain torch.
 
     `start` draws the arguments in float64, by the names that ops and `unfused` know them by; sums
-    as one partial sum (B, 1). An argument that it leaves out is an output, or has a common value
-    (`trial`). `results` names the arguments that end as what `unfused` returns, in that order.
-    `passes` is how many vectors are read and written: a test counts them.
+    as one partial sum (B, 1). What it leaves out is an output, poisoned before each run, or has a
+    common value (`trial`). `results` names the arguments that end as what `unfused` returns, in
+    that order. `passes` is how many vectors are read and written: a test counts them.
     """
 
     name: str
@@ -58,48 +58,53 @@ def _between(low: float, high: float, size: Size, device: torch.device) -> Tenso
     return torch.linspace(low, high, size.n, dtype=torch.float64, device=device)
 
 
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    dots: Tensor = torch.linalg.vecdot(a, b)
+    return dots[:, None]
+
+
 def _cg(size: Size, device: torch.device) -> Values:
     """Begin a solve, p = r, with a diagonal matrix from 1 to 2."""
     v = _normal(size, device, "x", "r")
-    v["p"] = v["r"].clone()
-    v["ap"] = _between(1, 2, size, device) * v["p"]
-    rr, pap, apap = (
-        torch.linalg.vecdot(*pair)[:, None]
-        for pair in ((v["r"], v["r"]), (v["p"], v["ap"]), (v["ap"], v["ap"]))
-    )
-    return v | {"rr": rr, "dots": torch.stack([pap, apap])}
+    ap = _between(1, 2, size, device) * v["r"]
+    return v | {"p": v["r"].clone(), "ap": ap, "rr": _dot(v["r"], v["r"])}
+
+
+def _cg_with_dots(size: Size, device: torch.device) -> Values:
+    v = _cg(size, device)
+    dots = torch.stack([_dot(v["p"], v["ap"]), _dot(v["ap"], v["ap"])])
+    return v | {"dots": dots}
 
 
 def _pcg(size: Size, device: torch.device) -> Values:
     """Begin a solve, p = d r, with a diagonal matrix from 1 to 2 and d from 1 to 3."""
     v = _normal(size, device, "x", "r")
-    v["d"] = _between(1, 3, size, device).repeat(size.systems, 1)
-    v["p"] = v["d"] * v["r"]
-    v["ap"] = _between(1, 2, size, device) * v["p"]
-    rr, rz, pap, apmap = (
-        torch.linalg.vecdot(*pair)[:, None]
-        for pair in (
-            *((v["r"], v["r"]), (v["r"], v["p"])),
-            *((v["p"], v["ap"]), (v["ap"], v["d"] * v["ap"])),
-        )
-    )
-    return v | {"rr": rr, "rz": rz, "dots": torch.stack([pap, apmap])}
+    d = _between(1, 3, size, device).repeat(size.systems, 1)
+    p = d * v["r"]
+    ap = _between(1, 2, size, device) * p
+    return v | {"p": p, "ap": ap, "d": d, "rr": _dot(v["r"], v["r"]), "rz": _dot(v["r"], p)}
+
+
+def _pcg_with_dots(size: Size, device: torch.device) -> Values:
+    v = _pcg(size, device)
+    dots = torch.stack([_dot(v["p"], v["ap"]), _dot(v["ap"], v["d"] * v["ap"])])
+    return v | {"dots": dots}
 
 
 def _neumann(size: Size, device: torch.device) -> Values:
     v = _normal(size, device, "x", "ax", "b")
     alpha = torch.linspace(0.1, 0.2, size.systems, dtype=torch.float64, device=device)
-    return v | {"alpha": alpha, "rr": torch.linalg.vecdot(v["b"], v["b"])[:, None]}
+    return v | {"alpha": alpha, "rr": _dot(v["b"], v["b"])}
 
 
 _XRP = ("x", "r", "p", "rr_out")
 
 CASES: Final = (
     Case("cg_dots", ("cg_dots",), 2, _cg, unfused.cg_dots, ("dots",)),
-    Case("cg_step", ("cg_step",), 7, _cg, unfused.cg_step, _XRP),
+    Case("cg_step", ("cg_step",), 7, _cg_with_dots, unfused.cg_step, _XRP),
     Case("cg", ("cg_dots", "cg_step"), 9, _cg, unfused.cg, _XRP),
     Case("pcg_dots", ("pcg_dots",), 3, _pcg, unfused.pcg_dots, ("dots",)),
-    Case("pcg_step", ("pcg_step",), 8, _pcg, unfused.pcg_step, (*_XRP, "rz_out")),
+    Case("pcg_step", ("pcg_step",), 8, _pcg_with_dots, unfused.pcg_step, (*_XRP, "rz_out")),
     Case("pcg", ("pcg_dots", "pcg_step"), 11, _pcg, unfused.pcg, (*_XRP, "rz_out")),
     Case("neumann_step", ("neumann_step",), 4, _neumann, unfused.neumann_step, ("x", "rr_out")),
 )

@@ -62,7 +62,7 @@ def dots_cost(elements: int, device: torch.device) -> Comparison:
     """Time `cg_dots` and its like in float32 with scaling, both within float32's tolerance."""
     trial = Trial(BY_NAME["cg_dots"], Size.of(elements, 1), torch.float32, device)
     p, ap = trial.arguments["p"], trial.arguments["ap"]
-    scales = torch.stack([_scale(p), _scale(ap)])
+    scales = torch.stack([row_scales(p), row_scales(ap)])
     dots = torch.empty_like(trial.arguments["dots"])
 
     def in_float32() -> Tensors:
@@ -94,7 +94,7 @@ def _host_seconds(way: Callable[[], object], device: torch.device) -> float:
     return seconds
 
 
-def _scale(v: Tensor) -> Tensor:
-    """Powers of two (B,) that bring the largest element of each row to between 1/2 and 1."""
+def row_scales(v: Tensor) -> Tensor:
+    """Return powers of two (B,) that bring the largest element of each row to between 1/2 and 1."""
     _, exponents = torch.frexp(v.abs().amax(1))
     return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), -exponents)

@@ -31,12 +31,6 @@ class Trial:
         # by sqrt(n) units where the roundings are independent.
         self.tolerance = (32 + size.n**0.5) * torch.finfo(dtype).eps
         self._start = {name: value.to(dtype) for name, value in start.items()}
-        self._overwritten = {
-            argument.name
-            for op in case.launches
-            for argument in _schema(op)
-            if argument.alias_info is not None and SHAPES[argument.name] == "B, ld"
-        }
         self._backend = backend("auto", device, dtype)
         sizes = {"2": 2, "B": size.systems, "ld": size.n, "P": self._backend.partial_count(size.n)}
         self.arguments = {
@@ -45,11 +39,19 @@ class Trial:
             for name in argument_names(op)
             if name not in NUMBERS
         }
+        self._before = {
+            argument.name: self.arguments[argument.name].clone()
+            for op in case.launches
+            for argument in _schema(op)
+            if argument.alias_info is not None and argument.name in start
+        }
 
     def ours(self) -> Run:
         """Begin afresh; return what launches the ops."""
-        for name in self._overwritten:
-            self.arguments[name].copy_(self._start[name])
+        for name, value in self._before.items():
+            self.arguments[name].copy_(value)
+        for name in self.arguments.keys() - self._start.keys() - _COMMON.keys():
+            self.arguments[name].fill_(_poison(self.arguments[name].dtype))
         values = self.arguments | NUMBERS
         launches = [
             (getattr(self._backend, op), [values[name] for name in argument_names(op)])
@@ -95,6 +97,10 @@ def _schema(op: str) -> list[torch.Argument]:
     return arguments
 
 
+def _poison(dtype: torch.dtype) -> float:
+    return math.nan if dtype.is_floating_point else 99  # a status that does not exist
+
+
 def _answer(tensors: Tensors) -> Tensors:
     return tuple(tensor.double().flatten() for tensor in tensors)
 
@@ -115,12 +121,11 @@ def _argument(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Return an op's tensor: with its start, a common value, or poisoned as an output."""
+    """Return an op's tensor: with its start, or a common value, or else poisoned."""
     shape = [sizes[size] for size in SHAPES[name].split(", ")]
     own = dtype_of(name, dtype)
     if name not in start:
-        poison = math.nan if own.is_floating_point else 99
-        return torch.full(shape, _COMMON.get(name, poison), dtype=own, device=device)
+        return torch.full(shape, _COMMON.get(name, _poison(own)), dtype=own, device=device)
     if "P" not in SHAPES[name]:
         return start[name].to(own, copy=True)
     sums = torch.zeros(shape, dtype=own, device=device)
