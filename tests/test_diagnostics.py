@@ -84,3 +84,9 @@ def test_a_warning_in_a_backward_pass_points_at_the_call_of_backward():
     with pytest.warns(ti.ConvergenceWarning, match="indefinite") as caught:
         x.sum().backward()
     assert caught[0].filename == __file__
+
+
+def test_a_solution_is_printed_without_its_vectors():
+    shown = repr(solution(0, INDEFINITE))
+    assert "value" not in shown and "history" not in shown
+    assert f"status=tensor([0, {INDEFINITE.value}]" in shown

@@ -3,8 +3,8 @@
 from tritonimplicit import diff, fixed_point, linalg, linear_solve, nn, optim
 from tritonimplicit.diagnostics import ConvergenceError, ConvergenceWarning, Solution, Status
 from tritonimplicit.diff.implicit import custom_fixed_point, custom_root
+from tritonimplicit.linear_operator import LinearOperator
 from tritonimplicit.opaque import compilable
-from tritonimplicit.operators import LinearOperator
 from tritonimplicit.optim import SGD, apply_updates, module_clone, sgd
 from tritonimplicit.solve_log import SolveLog, record_solves
 

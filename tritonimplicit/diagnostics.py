@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -99,12 +99,12 @@ class Solution:
     stopped keeps its last.
     """
 
-    value: TensorTree
+    value: TensorTree = field(repr=False)
     status: Tensor
     iterations: Tensor
     residual_norm: Tensor
     solver: str
-    history: Tensor | None = None
+    history: Tensor | None = field(default=None, repr=False)
 
 
 class ConvergenceWarning(UserWarning):

@@ -21,6 +21,7 @@ from tritonimplicit_kernels import (
     row_weighted_squares,
     status,
 )
+from tritonimplicit_kernels.reference.dots import LONG
 from tritonimplicit_kernels.reference.tiles import TILE
 
 TARGET = Target(reference, "cpu")
@@ -59,12 +60,13 @@ def test_a_system_is_the_same_alone_and_in_a_batch(
     assert bits_equal(TARGET.run(step).select(running), together.select(running))
 
 
-def test_threads_do_not_change_the_bits_of_short_rows() -> None:
+@pytest.mark.parametrize(("systems", "n"), [(600, 2048), (40, 10_000), (1, LONG - 16)])
+def test_threads_do_not_change_the_bits_of_rows_that_are_not_long(systems: int, n: int) -> None:
     before = torch.get_num_threads()
     done = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        done.append([TARGET.run(make(600, 2048, torch.float32)) for make in (cg, pcg, neumann)])
+        done.append([TARGET.run(make(systems, n, torch.float32)) for make in (cg, pcg, neumann)])
     torch.set_num_threads(before)
     for other in done[1:]:
         assert all(bits_equal(a, b) for a, b in zip(done[0], other, strict=True))

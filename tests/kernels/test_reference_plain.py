@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.problems import CG, DTYPES, F64, PCG, Step, Target, cg, neumann, pcg
+from tests.kernels.problems import (
+    CG,
+    DTYPES,
+    F64,
+    PCG,
+    Neumann,
+    Step,
+    Target,
+    cg,
+    neumann,
+    pcg,
+)
 from tests.kernels.test_steps import CG_CASES, PCG_CASES, cg_cases, pcg_cases, same
 from tritonimplicit_kernels import reference, status
 from tritonimplicit_kernels.reference import plain
-from tritonimplicit_kernels.reference.common import all_advance_cg
-from tritonimplicit_kernels.reference.rules import decide_cg
+from tritonimplicit_kernels.reference.common import all_advance_cg, all_advance_neumann
+from tritonimplicit_kernels.reference.rules import decide_cg, decide_neumann
 from tritonimplicit_kernels.reference.tiles import TILE
 
 RESULTS = ("x", "r", "p", "dots", "rr_out", "rz_out", "state_out", "residual_sq")
@@ -115,6 +128,32 @@ def check_the_common_case(step: CG, case: str, cases: dict[str, int], beside: li
     for ours, theirs in zip(scales, expected, strict=True):
         ours = torch.as_tensor(ours, dtype=F64).to(dtype)
         assert torch.equal(ours.expand_as(theirs), theirs)
+
+
+@settings(deadline=None)
+@given(data=st.data(), batch=st.sampled_from([1, 2]))
+def test_the_common_case_of_the_series_is_seen_where_the_rules_see_it(
+    data: st.DataObject, batch: int
+) -> None:
+    step = neumann(batch, 48, torch.float32, 3)
+    step.state[0] = data.draw(st.sampled_from([status.RUNNING] * 3 + [status.CONVERGED]))
+    for row in range(batch):
+        step.state[1, row] = data.draw(st.sampled_from([0, 3, 999, 1000]))
+        step.rr[row] *= data.draw(st.sampled_from([1.0, 1.0, 1e30, torch.nan, torch.inf, 0.0]))
+    common, ruled = step.to("cpu"), step.to("cpu")
+
+    def before(step: Neumann) -> tuple[Any, ...]:
+        step.state_out.fill_(99)
+        decision = step.rr, step.state, step.threshold, step.limit, 1000
+        return *decision, step.state_out, step.residual_sq
+
+    seen, advances = all_advance_neumann(*before(common)), decide_neumann(*before(ruled))
+    assert seen == bool(advances.all())
+    if seen:
+        assert torch.equal(common.state_out, ruled.state_out)
+        assert torch.equal(common.residual_sq, ruled.residual_sq)
+    else:
+        assert (common.state_out == 99).all()
 
 
 @pytest.mark.parametrize("make", [cg, pcg, neumann])

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tritonimplicit.diagnostics import TensorTree
-from tritonimplicit.operators import LinearOperator, Matvec
+from tritonimplicit.linear_operator import LinearOperator
+from tritonimplicit.operators import Matvec
 
 
 def as_matvec(a: TensorTree | Matvec, b: TensorTree) -> Matvec:

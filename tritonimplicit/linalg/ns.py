@@ -8,8 +8,9 @@ from torch import Tensor
 
 from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linalg.matrices import as_matvec, check_square
+from tritonimplicit.linear_operator import LinearOperator
 from tritonimplicit.linear_solve import Neumann
-from tritonimplicit.operators import LinearOperator, Matvec
+from tritonimplicit.operators import Matvec
 
 
 def ns(

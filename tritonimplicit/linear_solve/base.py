@@ -21,11 +21,12 @@ from tritonimplicit.diagnostics import (
     report_failures,
     statuses_in,
 )
+from tritonimplicit.linear_operator import shifted
 from tritonimplicit.linear_solve.direct import solve_directly
 from tritonimplicit.linear_solve.graphs import stream_for_graphs
 from tritonimplicit.linear_solve.rows import RowSolution
 from tritonimplicit.linear_solve.solve import OwnSolver
-from tritonimplicit.operators import Matvec, shifted
+from tritonimplicit.operators import Matvec
 from tritonimplicit.solve_log import record
 from tritonimplicit.vectors import Layout
 

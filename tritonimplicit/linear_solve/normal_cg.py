@@ -11,11 +11,12 @@ import torch
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
+from tritonimplicit.linear_operator import LinearOperator
 from tritonimplicit.linear_solve.base import LinearSolver, build
 from tritonimplicit.linear_solve.cg import CG, conjugate_gradient
 from tritonimplicit.linear_solve.iterative import FusedSolver
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution, refuse_gradient
-from tritonimplicit.operators import LinearOperator, Matvec, transpose
+from tritonimplicit.operators import Matvec, transpose
 from tritonimplicit.vectors import Layout
 from tritonimplicit_kernels import status as codes
 

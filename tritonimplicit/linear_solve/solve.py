@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from tritonimplicit.diagnostics import TensorTree
+from tritonimplicit.linear_operator import LinearMap, add_scaled
 from tritonimplicit.linear_solve.graphs import stream_for_graphs
 from tritonimplicit.opaque import opaque_call
 from tritonimplicit.operators import (
     Jacobian,
-    LinearMap,
     Matvec,
     ResidualFn,
     Solve,
     Tensors,
-    add_scaled,
     pullback,
     pushforward,
 )

@@ -24,16 +24,15 @@ def cg_dots(p: Tensor, ap: Tensor, state: Tensor, dots: Tensor) -> None:
         return plain.cg_dots(p, ap, state, dots)
     dots.zero_()
     for rows in row_groups(p, state[0] < 0):
-        tiles = [_products(*tile) for tile in column_tiles(*take(rows, p, ap))]
-        pap, apap = zip(*tiles, strict=True)
-        write_sums(dots, rows, torch.stack([row_sums(pap), row_sums(apap)]))
+        tiles = column_tiles(*take(rows, p, ap))
+        write_sums(dots, rows, row_sums(_products(*tile) for tile in tiles))
     return None
 
 
-def _products(p: Tensor, ap: Tensor) -> tuple[Tensor, Tensor]:
-    room = scratch(p, 2)
-    p, ap = widen(p, room[0]), widen(ap, room[1])
-    return products(p, ap, room[0]), squares(ap)
+def _products(p: Tensor, ap: Tensor) -> Tensor:
+    room = scratch(p)
+    p, ap = widen(p, room.first), widen(ap, room.second)
+    return torch.stack([products(p, ap, room.first), squares(ap)])
 
 
 def cg_step(
@@ -73,11 +72,10 @@ def cg_step(
 
 def _update(tile: tuple[Tensor, ...], alpha: Tensor | float, beta: Tensor | float) -> Tensor:
     x, r, p, ap = tile
-    room = scratch(p)[0]
+    room = scratch(p)
     # Products and sums apart: each is rounded once, whichever of torch's loops does it. A fused
     # addcmul may or may not be, so that a row's bits would depend on where it lies.
-    scaled = room.view(p.dtype)[:, : p.shape[1]]
-    x += torch.mul(p, alpha, out=scaled)
-    r -= torch.mul(ap, alpha, out=scaled)
+    x += torch.mul(p, alpha, out=room.vectors)
+    r -= torch.mul(ap, alpha, out=room.vectors)
     p.mul_(beta).add_(r)
-    return squares(widen(r, room))
+    return squares(widen(r, room.first))

@@ -37,9 +37,41 @@ def all_advance_cg(
     decide = _one if state.shape[1] == 1 else _many
     scales = decide(dots, rr, rz, state, threshold, maxiter, dtype)
     if scales is not None:
-        torch.sum(rr, -1, out=residual_sq)
-        torch.add(state, _ONE_ITERATION, out=state_out)
+        _go_on(rr, state, state_out, residual_sq)
     return scales
+
+
+def all_advance_neumann(
+    rr: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    limit: Tensor,
+    maxiter: int,
+    state_out: Tensor,
+    residual_sq: Tensor,
+) -> bool:
+    """Settle the state as `rules.decide_neumann` does, and return whether every system advances.
+
+    Unless every one does, nothing is written.
+    """
+    decide = _one_of_series if state.shape[1] == 1 else _many_of_series
+    advances = decide(rr, state, threshold, limit, maxiter)
+    if advances:
+        _go_on(rr, state, state_out, residual_sq)
+    return advances
+
+
+def _go_on(rr: Tensor, state: Tensor, state_out: Tensor, residual_sq: Tensor) -> None:
+    torch.sum(rr, -1, out=residual_sq)
+    torch.add(state, _ONE_ITERATION, out=state_out)
+
+
+def _common_state(state: Tensor, maxiter: int) -> int | None:
+    """Return what all systems are marked as, or None if they differ or one has had its limit."""
+    if state.shape[1] == 0:
+        return None
+    (lowest, _), (highest, iterations) = state.amin(1).tolist(), state.amax(1).tolist()
+    return int(lowest) if lowest == highest and iterations < maxiter else None
 
 
 def _one(
@@ -71,6 +103,26 @@ def _one(
     return alpha, max(alpha * alpha * apmap - energy, 0.0) / energy
 
 
+def _one_of_series(
+    rr: Tensor, state: Tensor, threshold: Tensor, limit: Tensor, maxiter: int
+) -> bool:
+    """Decide for a single system, in Python's floats."""
+    (seen,), (iterations,) = state.tolist()
+    (residual,), (tolerance,), (end,) = rr.sum(-1).tolist(), threshold.tolist(), limit.tolist()
+    going = seen == status.RUNNING and iterations < maxiter
+    return bool(going and tolerance < residual <= end and residual < math.inf)
+
+
+def _many_of_series(
+    rr: Tensor, state: Tensor, threshold: Tensor, limit: Tensor, maxiter: int
+) -> bool:
+    """Decide for a batch, by the three comparisons that all of it has to pass."""
+    if _common_state(state, maxiter) != status.RUNNING:
+        return False
+    rr_b = rr.sum(-1)  # (B,)
+    return all(((rr_b > threshold) & (rr_b <= limit) & (rr_b < torch.inf)).tolist())
+
+
 def _many(
     dots: Tensor,
     rr: Tensor,
@@ -81,14 +133,12 @@ def _many(
     dtype: torch.dtype,
 ) -> tuple[Tensor | float, Tensor | float] | None:
     """Decide for a batch, by the three comparisons that all of it has to pass."""
-    if state.shape[1] == 0:
-        return None
-    (lowest, _), (highest, iterations) = state.amin(1).tolist(), state.amax(1).tolist()
-    if not lowest == highest < status.RUNNING or iterations >= maxiter:
+    seen = _common_state(state, maxiter)
+    if seen not in (status.RUNNING_POSITIVE, status.RUNNING_NEGATIVE):
         return None
     rr_b, (pap, apmap) = rr.sum(-1), dots.sum(-1)  # (B,) each
     rz_b = rr_b if rz is rr else rz.sum(-1)
-    size = pap if highest == status.RUNNING_POSITIVE else -pap
+    size = pap if seen == status.RUNNING_POSITIVE else -pap
     advances = (
         (rr_b > threshold)
         & (size > rz_b.sqrt() * apmap.sqrt() * torch.finfo(dtype).eps)

@@ -1,13 +1,14 @@
 """Sums along rows, in float64 and in an order that only the row's length decides.
 
-Short rows are added up many at once, by sums too short for torch to split among threads; each tile
-of a long row by BLAS, in memory that always begins at a multiple of 64 bytes; tiles in their order.
+Rows are added up many at once, in chunks too short for torch to split among threads; each tile of
+a long row by BLAS, in memory that always begins at a multiple of 64 bytes; tiles in their order.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -16,8 +17,27 @@ from torch import Tensor
 from tritonimplicit_kernels.reference.tiles import TILE, column_tiles, row_groups, take
 
 SHORT: Final = 2048
+"""Elements of a row that is added up at once: in one thread, whatever the other rows."""
+CHUNK: Final = 512
+"""Elements of longer rows that are added up at once."""
+LONG: Final = 2**15
+"""Elements of a row from which BLAS, a call a row, is faster."""
 _ALIGNMENT: Final = 8
 """In float64 numbers: 64 bytes."""
+_SHAPES: Final = 16
+"""Shapes of tiles for which a thread keeps its views of the scratch memory."""
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Room for two widened tiles (R, W), whose rows begin at multiples of 64 bytes.
+
+    `vectors` is room for one tile of the vectors' dtype, where `first` is.
+    """
+
+    first: Tensor
+    second: Tensor
+    vectors: Tensor
 
 
 class _Room(threading.local):
@@ -26,22 +46,31 @@ class _Room(threading.local):
     def __init__(self) -> None:
         with torch.inference_mode(False):
             self.memory = torch.empty(2 * TILE + 2 * _ALIGNMENT, dtype=torch.float64, device="cpu")
+        self.views: dict[tuple[torch.Size, torch.dtype], Scratch] = {}
 
 
 _ROOM: Final = _Room()
 
 
-def scratch(tile: Tensor, count: int = 1) -> Tensor:
-    """Return uninitialised float64 room for up to two tiles: (count, R, W), rows aligned.
+def scratch(tile: Tensor) -> Scratch:
+    """Return uninitialised room for tiles like `tile` (R, W): the thread's, until the next call."""
+    key = tile.shape, tile.dtype
+    room = _ROOM.views.get(key)
+    if room is None:
+        if len(_ROOM.views) == _SHAPES:
+            _ROOM.views.clear()
+        room = _ROOM.views[key] = _cut(_ROOM.memory, tile)
+    return room
 
-    It is the thread's own, until the next call.
-    """
+
+def _cut(memory: Tensor, tile: Tensor) -> Scratch:
     rows, width = tile.shape
     padded = -(-width // _ALIGNMENT) * _ALIGNMENT
-    memory = _ROOM.memory
-    if count * rows * padded > memory.numel():  # of a width that no tile has
-        memory = memory.new_empty(count * rows * padded)
-    return memory[: count * rows * padded].view(count, rows, padded)[:, :, :width]
+    if 2 * rows * padded > memory.numel():  # of a width that no tile has
+        memory = memory.new_empty(2 * rows * padded)
+    whole = memory[: 2 * rows * padded].view(2, rows, padded)
+    first, second = whole[:, :, :width]
+    return Scratch(first, second, whole[0].view(tile.dtype)[:, :width])
 
 
 def widen(tile: Tensor, room: Tensor) -> Tensor:
@@ -51,34 +80,49 @@ def widen(tile: Tensor, room: Tensor) -> Tensor:
 
 def products(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
     """Return a.b of each row of widened tiles as (R,); `room` may be where `a` lies."""
-    if a.shape[1] <= SHORT:
-        return torch.mul(a, b, out=room).sum(1)
-    sums = [torch.dot(x, y).tolist() for x, y in zip(a.unbind(), b.unbind(), strict=True)]
-    return torch.tensor(sums, dtype=torch.float64, device="cpu")
+    return _blas(a, b) if a.shape[1] >= LONG else _sums(torch.mul(a, b, out=room))
 
 
 def squares(a: Tensor) -> Tensor:
     """Return a.a of each row of a widened tile as (R,)."""
-    if a.shape[1] <= SHORT:
-        # The norm reads once what a product and its sum would read and write twice.
-        norms: Tensor = torch.linalg.vector_norm(a, dim=1)
-        return norms.square_()
-    return products(a, a, a)
+    if a.shape[1] >= LONG:
+        return _blas(a, a)
+    # The norm reads once what a product and its sum would read and write twice.
+    return _by_chunk(lambda part: torch.linalg.vector_norm(part, dim=-1).square_(), a)
 
 
-def weighted_squares(a: Tensor, weights: Tensor, room: Tensor) -> Tensor:
+def weighted_squares(a: Tensor, weights: Tensor, room: Scratch) -> Tensor:
     """Return the sum of weights a^2 of each row of a widened tile as (R,).
 
-    `weights` is a tile of the vectors' dtype; `room` is for two, and `a` may lie in the second.
+    `weights` is a tile of the vectors' dtype; `a` may be where the second half of `room` is.
     """
-    square = torch.mul(a, a, out=room[1])
-    return products(widen(weights, room[0]), square, room[0])
+    square = torch.mul(a, a, out=room.second)
+    return products(widen(weights, room.first), square, room.first)
+
+
+def _blas(a: Tensor, b: Tensor) -> Tensor:
+    sums = [torch.dot(x, y).tolist() for x, y in zip(a.unbind(), b.unbind(), strict=True)]
+    return torch.tensor(sums, dtype=torch.float64, device="cpu")
+
+
+def _sums(a: Tensor) -> Tensor:
+    return _by_chunk(lambda part: part.sum(-1), a)
+
+
+def _by_chunk(sums: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:
+    """Return `sums` along the last dimension of `a` (..., W), a chunk of it at a time."""
+    width = a.shape[-1]
+    if width <= SHORT:
+        return sums(a)
+    whole = width // CHUNK * CHUNK
+    total = sums(a[..., :whole].unflatten(-1, (-1, CHUNK))).sum(-1)
+    return total if whole == width else total.add_(sums(a[..., whole:]))
 
 
 def row_sums(tiles: Iterable[Tensor]) -> Tensor:
-    """Add up the sums (R,) of rows that come in tiles along their columns: (R,)."""
+    """Add up the sums (..., R) of rows that come in tiles along their columns: (..., R)."""
     sums = list(tiles)
-    return sums[0] if len(sums) == 1 else torch.stack(sums, 1).sum(1)
+    return sums[0] if len(sums) == 1 else torch.stack(sums, -1).sum(-1)
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
@@ -96,7 +140,7 @@ def row_squares(v: Tensor) -> Tensor:
     if v.device.type != "cpu":
         norms: Tensor = torch.linalg.vector_norm(v, dim=1, dtype=torch.float64)
         return norms.square_()
-    return _by_tile(lambda tile: squares(widen(tile, scratch(tile)[0])), v)
+    return _by_tile(lambda tile: squares(widen(tile, scratch(tile).first)), v)
 
 
 def row_weighted_squares(v: Tensor, weights: Tensor) -> Tensor:
@@ -118,13 +162,13 @@ def row_norms(v: Tensor) -> Tensor:
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
-    room = scratch(a, 2)
-    return products(widen(a, room[0]), widen(b, room[1]), room[0])
+    room = scratch(a)
+    return products(widen(a, room.first), widen(b, room.second), room.first)
 
 
 def _weighted_squares(v: Tensor, weights: Tensor) -> Tensor:
-    room = scratch(v, 2)
-    return weighted_squares(widen(v, room[1]), weights, room)
+    room = scratch(v)
+    return weighted_squares(widen(v, room.second), weights, room)
 
 
 def _by_tile(sums: Callable[..., Tensor], *vectors: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tritonimplicit_kernels.reference import plain
+from tritonimplicit_kernels.reference.common import all_advance_neumann
 from tritonimplicit_kernels.reference.dots import row_sums, scratch, squares, widen
 from tritonimplicit_kernels.reference.rules import decide_neumann
 from tritonimplicit_kernels.reference.tiles import (
@@ -37,7 +38,8 @@ def neumann_step(
             *(x, ax, b, alpha, rr, state, threshold, limit),
             *(maxiter, rr_out, state_out, residual_sq),
         )
-    advances = decide_neumann(rr, state, threshold, limit, maxiter, state_out, residual_sq)
+    decision = rr, state, threshold, limit, maxiter, state_out, residual_sq
+    advances = None if all_advance_neumann(*decision) else decide_neumann(*decision)
     rr_out.zero_()
     scale = alpha.to(x.dtype)[:, None]  # (B, 1)
     for rows in row_groups(x, advances):
@@ -51,9 +53,8 @@ def neumann_step(
 
 def _update(tile: tuple[Tensor, ...], alpha: Tensor) -> Tensor:
     x, ax, b = tile
-    room = scratch(x, 2)
-    residual = room[0].view(x.dtype)[:, : x.shape[1]]
-    torch.sub(b, ax, out=residual)
-    rr = squares(widen(residual, room[1]))
+    room = scratch(x)
+    residual = torch.sub(b, ax, out=room.vectors)
+    rr = squares(widen(residual, room.second))
     x += residual.mul_(alpha)  # apart from the sum, for the reason given in cg.py
     return rr

@@ -31,16 +31,15 @@ def pcg_dots(p: Tensor, ap: Tensor, d: Tensor, state: Tensor, dots: Tensor) -> N
         return plain.pcg_dots(p, ap, d, state, dots)
     dots.zero_()
     for rows in row_groups(p, state[0] < 0):
-        tiles = [_products(*tile) for tile in column_tiles(*take(rows, p, ap, d))]
-        pap, apmap = zip(*tiles, strict=True)
-        write_sums(dots, rows, torch.stack([row_sums(pap), row_sums(apmap)]))
+        tiles = column_tiles(*take(rows, p, ap, d))
+        write_sums(dots, rows, row_sums(_products(*tile) for tile in tiles))
     return None
 
 
-def _products(p: Tensor, ap: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    room = scratch(p, 2)
-    p, ap = widen(p, room[0]), widen(ap, room[1])
-    return products(p, ap, room[0]), weighted_squares(ap, d, room)
+def _products(p: Tensor, ap: Tensor, d: Tensor) -> Tensor:
+    room = scratch(p)
+    p, ap = widen(p, room.first), widen(ap, room.second)
+    return torch.stack([products(p, ap, room.first), weighted_squares(ap, d, room)])
 
 
 def pcg_step(
@@ -87,10 +86,10 @@ def _update(
     tile: tuple[Tensor, ...], alpha: Tensor | float, beta: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     x, r, p, ap, d = tile
-    room = scratch(p, 2)
-    scaled = room[0].view(p.dtype)[:, : p.shape[1]]  # apart from the sums, as in cg.py
+    room = scratch(p)
+    scaled = room.vectors  # apart from the sums, as in cg.py
     x += torch.mul(p, alpha, out=scaled)
     r -= torch.mul(ap, alpha, out=scaled)
     p.mul_(beta).add_(torch.mul(d, r, out=scaled))
-    r = widen(r, room[1])
+    r = widen(r, room.second)
     return squares(r), weighted_squares(r, d, room)
