@@ -8,12 +8,16 @@ import matplotlib
 
 from tritonimplicit_kernels.bench.results import Report
 
+_DASHES = ("-", "--", ":", "-.")
+
 
 def plot(report: Report, path: Path) -> Path:
-    """Draw a panel a dtype, a line a case and number of systems; return where the picture is."""
+    """Draw a panel a dtype, a colour a case, dashes by systems; return where the picture is."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    cases = sorted({row.case for row in report.rows})
+    batches = sorted({row.systems for row in report.rows})
     dtypes = sorted({row.dtype for row in report.rows})
     figure, panels = pyplot.subplots(
         1, len(dtypes), figsize=(6 * len(dtypes), 5), squeeze=False, sharey=True
@@ -23,11 +27,13 @@ def plot(report: Report, path: Path) -> Path:
         for case, systems in sorted({(row.case, row.systems) for row in rows}):
             line = [row for row in rows if (row.case, row.systems) == (case, systems)]
             points = sorted((row.systems * row.n, row.fraction) for row in line)
-            panel.plot(*zip(*points, strict=True), marker="o", label=f"{case}, B = {systems}")
+            style = {"color": f"C{cases.index(case)}", "linestyle": _DASHES[batches.index(systems)]}
+            label = f"{case}, B = {systems}"
+            panel.plot(*zip(*points, strict=True), marker=".", label=label, **style)
         panel.axhline(1.0, color="black", linewidth=0.8)
         panel.set(xscale="log", xlabel="elements of a vector, B n", title=dtype, ylim=0)
     panels[0][0].set_ylabel("bandwidth over a copy's")
-    panels[0][-1].legend(fontsize="x-small", ncols=2)
+    panels[0][-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     device = report.environment.get("gpu") or report.environment["cpu"]
     figure.suptitle(f"{device}: a copy moves {report.copy_bandwidth / 1e9:.0f} GB/s")
     figure.savefig(path, dpi=150, bbox_inches="tight")
