@@ -1,22 +1,24 @@
-"""python -m bench list | run [CASE...] | report [FILE...]."""
+"""python -m bench list | run [CASE...] | show [FILE...] | report [FILE]."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from bench import tables
+from bench import document, tables
 from bench.case import OURS, Setting
 from bench.machine import environment
 from bench.registry import CASES, select
 from bench.results import CaseResult, Report
 from bench.runner import run_case
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,16 +28,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("list", help="name the cases")
     run = commands.add_parser("run", help="run cases, all by default, and write down the result")
     run.add_argument("case", nargs="*", help="a case or a family")
-    run.add_argument("--quick", action="store_true", help="smaller problems, 7 rounds")
+    run.add_argument("--quick", action="store_true", help="7 rounds, smaller problems")
     run.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     run.add_argument("--threads", type=int, help="of torch, on the CPU (default: torch's)")
-    report = commands.add_parser("report", help="show results again, the latest by default")
-    report.add_argument("file", nargs="*", type=Path)
+    show = commands.add_parser("show", help="show results again, the latest by default")
+    show.add_argument("file", nargs="*", type=Path)
+    report = commands.add_parser("report", help="write docs/benchmarks.md and the README's table")
+    report.add_argument("file", nargs="?", type=Path, help="the latest full run by default")
+    report.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs")
     options = parser.parse_args(argv)
     if options.command == "list":
         return _list()
-    return _run(parser, options) if options.command == "run" else _report(parser, options.file)
+    if options.command == "run":
+        return _run(parser, options)
+    if options.command == "show":
+        return _show(parser, options.file)
+    return _report(parser, options.file, options.root)
 
 
 def _list() -> int:
@@ -51,15 +60,19 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
-        cases = select(options.case)
+        cases = select(options.case, options.quick)
     except ValueError as error:
         parser.error(str(error))
     setting = Setting(torch.device(options.device), options.quick)
-    report = Report(environment(setting.device, setting.quick), [])
+    if setting.device.type == "cuda":  # the ten bits of TF32 cannot meet the tolerances
+        torch.backends.cudnn.allow_tf32 = False
+    report, began = Report(environment(setting.device, setting.quick), []), time.perf_counter()
     for case in cases:
         report.cases.append(run_case(case, setting))
         tables.show_case(report.cases[-1])
-    print(f"\n{report.save(options.out)}")
+        path = report.save(options.out)  # after each: a run that is interrupted has been of use
+    print(f"\n{len(cases)} cases in {time.perf_counter() - began:.0f} s")
+    print(path)
     return 0 if all(map(_ours_is_right, report.cases)) else 1
 
 
@@ -67,12 +80,22 @@ def _ours_is_right(case: CaseResult) -> bool:
     return not any(row.remark for row in case.rows if row.provider.startswith(OURS))
 
 
-def _report(parser: argparse.ArgumentParser, files: list[Path]) -> int:
+def _show(parser: argparse.ArgumentParser, files: list[Path]) -> int:
     files = files or sorted(RESULTS.glob("*.json"))[-1:]
     if not files:
         parser.error(f"there are no results in {RESULTS}: run first")
     for file in files:
         tables.show(Report.load(file))
+    return 0
+
+
+def _report(parser: argparse.ArgumentParser, file: Path | None, root: Path) -> int:
+    stored = [file] if file else sorted(RESULTS.glob("*.json"))
+    full = [path for path in stored if file or not Report.load(path).environment["quick"]]
+    if not full:
+        parser.error(f"there are no results of a full run in {RESULTS}: run first")
+    for written in document.write(Report.load(full[-1]), full[-1], root):
+        print(written)
     return 0
 
 

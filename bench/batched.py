@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -10,13 +11,17 @@ import torch
 from torch import Tensor
 
 from bench import imaml
-from bench.case import OURS, Case, Problem, Run, Setting, SpeedGoal, Tensors
+from bench.case import OURS, Absent, Case, Problem, Run, Setting, SpeedGoal, Tensors
 from bench.imaml import Imaml
 from bench.libraries import library
 
 WIDTHS = (1, 40, 40, 1)
 POINTS = 10
 REGULARISATION = 20.0
+ITERATIONS = 20
+TASKS = (1, 4, 16, 32, 64)
+JUDGED = 32
+BRIEF = (4, 32)
 
 
 def network(params: Tensors, x: Tensor) -> Tensor:
@@ -61,18 +66,29 @@ def backward(module: ModuleType, problem: Imaml, solve: Any) -> Run:
     return (imaml.root_backward if one_batch else imaml.loop_backward)(module, problem, solve)
 
 
-def build(setting: Setting) -> Problem:
-    tasks = 8 if setting.quick else 32
+def build(tasks: int, setting: Setting) -> Problem:
     problem = data(tasks, setting.device)
     widths = "-".join(map(str, WIDTHS))
+    no_batch = "solves no batch, and a loop over tasks is TorchOpt's row"
     return Problem(
         about=f"{tasks} tasks, net {widths}, {POINTS} points each, regularisation "
-        f"{REGULARISATION:g}, {imaml.ITERATIONS} iterations, float32; TorchOpt: a loop",
-        expected=imaml.expected(problem, "cg"),
+        f"{REGULARISATION:g}, {ITERATIONS} iterations, float32; TorchOpt: a loop",
+        expected=imaml.expected(problem, "cg", ITERATIONS),
         tolerance=1e-4,
-        entries=imaml.entries(problem, "cg", backward, peers=["TorchOpt"]),
-        goal=None if setting.quick else SpeedGoal("TorchOpt", 15.0),
+        entries=[
+            *imaml.entries(problem, "cg", ITERATIONS, backward, peers=["TorchOpt"]),
+            Absent("hypertorch", no_batch),
+        ],
+        goals=[SpeedGoal("TorchOpt", 15.0)] if tasks == JUDGED else [],
     )
 
 
-CASES = [Case("batched/maml-cg", "iMAML backward pass of a batch of tasks, cg", build)]
+CASES = [
+    Case(
+        f"batched/maml-cg-{tasks}",
+        f"iMAML backward pass of a batch of {tasks} tasks, cg",
+        partial(build, tasks),
+        brief=tasks in BRIEF,
+    )
+    for tasks in TASKS
+]

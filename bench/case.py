@@ -12,8 +12,13 @@ from torch import Tensor
 Tensors: TypeAlias = tuple[Tensor, ...]
 Run: TypeAlias = Callable[[], Tensors]
 
+Figures: TypeAlias = dict[str, float]
+
 OURS = "tritonimplicit"
 PLAIN = "plain torch"
+
+SAME_ITERATIONS, SAME_RESIDUAL = "same iterations", "same true residual reached"
+"""What is the same for all providers of a problem."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +34,19 @@ class Entry:
     """One provider's way to the answer.
 
     `prepare` does what is not to be timed and returns what is: a function that returns the answer.
-    `matvecs` counts the products with the matrix or its transpose in one such run, off the clock.
+    `matvecs` counts the products with the matrix or its transpose in one such run, off the clock;
+    `figures` is what else is to be told of an answer. `expected` is this entry's own oracle, where
+    another answer than the problem's is right for it, and `tolerance` its own tolerance.
+    `in_torch` is false for one whose memory torch knows nothing of.
     """
 
     provider: str
     prepare: Callable[[], Run]
     matvecs: Callable[[], int] | None = None
+    figures: Callable[[Tensors], Figures] | None = None
+    expected: Tensors | None = None
+    tolerance: float | None = None
+    in_torch: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class SpeedGoal:
 
     peer: str
     factor: float
+    ours: str = OURS
 
 
 @dataclass(frozen=True)
@@ -61,12 +74,24 @@ class MemoryGoal:
 
 
 @dataclass(frozen=True)
+class ProductGoal:
+    """We are to need at most `products` products."""
+
+    products: int
+
+
+Goal: TypeAlias = SpeedGoal | MemoryGoal | ProductGoal
+
+
+@dataclass(frozen=True)
 class Problem:
     """One problem, and everyone who solves it.
 
     `expected` is the right answer in float64; an answer is right whose relative error, all tensors
-    taken together, is at most `tolerance`. A run does `repeats` units of work; times are of one.
-    `vector_bytes` is the size of a vector of the problem, the unit of memory where it is given.
+    taken together, is at most `tolerance`. Where many answers are right, `error` measures an answer
+    in the place of that, in float64, and `error_is` says how. A run does `repeats` units of work;
+    times are of one. `compares` says what all providers have in common. `vector_bytes` is the size
+    of a vector of the problem, the unit of memory where it is given.
     """
 
     about: str
@@ -75,16 +100,20 @@ class Problem:
     entries: Sequence[Entry | Absent]
     repeats: int = 1
     vector_bytes: int | None = None
-    goal: SpeedGoal | MemoryGoal | None = None
+    goals: Sequence[Goal] = ()
+    compares: str = SAME_ITERATIONS
+    error: Callable[[Tensors], float] | None = None
+    error_is: str = "relative, to float64"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A named benchmark, "family/member"."""
+    """A named benchmark, "family/member"; `brief` if a quick run of everything has it too."""
 
     name: str
     about: str
     build: Callable[[Setting], Problem]
+    brief: bool = True
 
     @property
     def family(self) -> str:

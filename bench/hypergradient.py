@@ -1,8 +1,8 @@
-"""One iMAML hypergradient of a multilayer perceptron, 784-256-10: the backward pass alone."""
+"""One iMAML hypergradient of a small network: the backward pass alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -11,39 +11,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import imaml
-from bench.case import Case, Problem, Run, Setting, SpeedGoal, Tensors
+from bench import imaml, imaml_peers
+from bench.case import Absent, Case, Entry, Problem, Run, Setting, SpeedGoal, Tensors
 from bench.imaml import Imaml
+from bench.networks import NETWORKS, Network
 
-WIDTHS = (784, 256, 10)
-BATCH = 64
-REGULARISATION = 4.0
-
-
-def network(params: Tensors, x: Tensor) -> Tensor:
-    w1, b1, w2, b2 = params
-    return F.linear(torch.tanh(F.linear(x, w1, b1)), w2, b2)
+ITERATIONS = (5, 20)
+SPEEDUPS = {"cg": 1.3, "normal_cg": 1.5}
+"""Of the MLP, against TorchOpt, 20 iterations."""
 
 
-def objective(params: Tensors, meta: Tensors, x: Tensor, y: Tensor) -> Tensor:
-    loss = F.cross_entropy(network(params, x), y)
-    return loss + imaml.penalty(params, meta, REGULARISATION)
+def objective(network: Network, params: Tensors, meta: Tensors, x: Tensor, y: Tensor) -> Tensor:
+    loss = F.cross_entropy(network.torch_logits(params, x), y)
+    return loss + imaml.penalty(params, meta, network.regularisation)
 
 
-def data(device: torch.device) -> Imaml:
+def data(network: Network, device: torch.device) -> Imaml:
     """Random data; the solution by gradient descent, the outer loss on a batch of its own."""
     rng = torch.Generator().manual_seed(0)
-    inputs, hidden, classes = WIDTHS
-    shapes = ((hidden, inputs), (hidden,), (classes, hidden), (classes,))
-    meta = tuple((torch.randn(s, generator=rng) / s[-1] ** 0.5).to(device) for s in shapes)
-    x, x_outer = torch.randn(2, BATCH, inputs, generator=rng).to(device)
-    y, y_outer = torch.randint(classes, (2, BATCH), generator=rng).to(device)
-    solution = imaml.descend(lambda params: objective(params, meta, x, y), meta, 0.1, 100)
+    shapes = [(shape, math.prod(shape[1:] or shape)) for shape in network.shapes]
+    meta = tuple((torch.randn(s, generator=rng) / fan_in**0.5).to(device) for s, fan_in in shapes)
+    x, x_outer = torch.randn(2, network.batch, *network.inputs, generator=rng).to(device)
+    y, y_outer = torch.randint(network.classes, (2, network.batch), generator=rng).to(device)
+    inner = partial(objective, network)
+    solution = imaml.descend(lambda params: inner(params, meta, x, y), meta, 0.1, 100)
     params = tuple(t.detach().requires_grad_() for t in solution)
-    outer = F.cross_entropy(network(params, x_outer), y_outer)
+    outer = F.cross_entropy(network.torch_logits(params, x_outer), y_outer)
     cotangents = torch.autograd.grad(outer, params)
     meta = tuple(t.requires_grad_() for t in meta)
-    return Imaml(objective, solution, meta, x, y, cotangents)
+    return Imaml(inner, tuple(t.detach() for t in solution), meta, x, y, cotangents)
 
 
 def module_backward(module: ModuleType, problem: Imaml, solve: Any) -> Run:
@@ -58,7 +54,7 @@ def module_backward(module: ModuleType, problem: Imaml, solve: Any) -> Run:
 
         def objective(self, x: Tensor, y: Tensor) -> Tensor:
             params, meta = tuple(self.parameters()), tuple(self.meta_parameters())
-            return objective(params, meta, x, y)
+            return problem.objective(params, meta, x, y)
 
         def solve(self, x: Tensor, y: Tensor) -> Any:
             for param, found in zip(self.parameters(), problem.solution, strict=True):
@@ -70,32 +66,45 @@ def module_backward(module: ModuleType, problem: Imaml, solve: Any) -> Run:
     return lambda: torch.autograd.grad(outputs, problem.meta, problem.cotangents)
 
 
-def build(
-    solver: str,
-    backward: Callable[[ModuleType, Imaml, Any], Run],
-    speedup: float,
-    setting: Setting,
-) -> Problem:
-    problem = data(setting.device)
-    widths = "-".join(map(str, WIDTHS))
+def build(name: str, form: str, solver: str, iterations: int, setting: Setting) -> Problem:
+    network = NETWORKS[name]
+    problem = data(network, setting.device)
+    entries: list[Entry | Absent]
+    if form == "module":
+        entries = imaml.entries(problem, solver, iterations, module_backward, peers=["TorchOpt"])
+    else:
+        entries = imaml.entries(
+            problem, solver, iterations, imaml.root_backward, peers=["TorchOpt"]
+        )
+        entries.append(imaml_peers.hypertorch(problem, solver, iterations))
+        entries.append(imaml_peers.jaxopt(problem, network, solver, iterations, setting))
+    judged = name == "mlp" and iterations == 20
     return Problem(
-        about=f"MLP {widths}, batch {BATCH}, regularisation {REGULARISATION:g}, "
-        f"{imaml.ITERATIONS} iterations, float32",
-        expected=imaml.expected(problem, solver),
+        about=f"{network.about}, regularisation {network.regularisation:g}, "
+        f"{iterations} iterations, float32",
+        expected=imaml.expected(problem, solver, iterations),
         tolerance=1e-4,
-        entries=imaml.entries(problem, solver, backward, peers=["TorchOpt"]),
-        goal=SpeedGoal("TorchOpt", speedup),
+        entries=entries,
+        goals=[SpeedGoal("TorchOpt", SPEEDUPS[solver])] if judged else [],
     )
 
 
-FORMS = {"root": imaml.root_backward, "module": module_backward}
-SPEEDUPS = {"cg": 1.3, "normal_cg": 1.5}
+def _case(name: str, form: str, solver: str, iterations: int) -> Case:
+    label = name if form == "root" else f"{name}-{form}"
+    return Case(
+        f"hypergradient/{label}-{solver}-{iterations}",
+        f"iMAML backward pass, {name}, {form} form, {solver}, {iterations} iterations",
+        partial(build, name, form, solver, iterations),
+        brief=iterations == 20,
+    )
+
+
 CASES = [
-    Case(
-        f"hypergradient/{form}-{solver}",
-        f"iMAML backward pass, {form} form, {solver}",
-        partial(build, solver, backward, SPEEDUPS[solver]),
-    )
-    for form, backward in FORMS.items()
-    for solver in imaml.SOLVERS
+    *(
+        _case(name, "root", solver, iterations)
+        for name in NETWORKS
+        for solver in imaml.SOLVERS
+        for iterations in ITERATIONS
+    ),
+    *(_case("mlp", "module", solver, 20) for solver in imaml.SOLVERS),
 ]

@@ -16,7 +16,6 @@ from bench.case import OURS, PLAIN, Absent, Entry, Run, Tensors
 from bench.libraries import library
 from bench.products import Products
 
-ITERATIONS = 20
 SOLVERS = {"cg": "solve_cg", "normal_cg": "solve_normal_cg"}
 
 
@@ -56,7 +55,7 @@ class Imaml:
         )
 
 
-def plain_run(problem: Imaml, solver: str) -> Run:
+def plain_run(problem: Imaml, solver: str, iterations: int) -> Run:
     """The hypergradient by autograd and textbook CG on flat vectors, with nobody's library."""
     like = problem.solution
     batch = like[0].shape[: int(problem.batched)]
@@ -79,20 +78,21 @@ def plain_run(problem: Imaml, solver: str) -> Run:
         matvec, b = hvp, -flat(problem.cotangents)
         if solver == "normal_cg":  # the Hessian is its own transpose
             matvec, b = lambda v: hvp(hvp(v)), hvp(b)
-        u = textbook.cg(matvec, b, ITERATIONS)
+        u = textbook.cg(matvec, b, iterations)
         return torch.autograd.grad(slope, problem.meta, unflat(u))
 
     return run
 
 
-def expected(problem: Imaml, solver: str) -> Tensors:
+def expected(problem: Imaml, solver: str, iterations: int) -> Tensors:
     """The same iteration in float64."""
-    return plain_run(problem.double(), solver)()
+    return plain_run(problem.double(), solver, iterations)()
 
 
 def entries(
     problem: Imaml,
     solver: str,
+    iterations: int,
     backward: Callable[[ModuleType, Imaml, Any], Run],
     peers: Sequence[str],
 ) -> list[Entry | Absent]:
@@ -106,8 +106,8 @@ def entries(
         if isinstance(module, Absent):
             found.append(module)
         else:
-            found.append(_entry(name, module, problem, solver, backward))
-    return [*found, Entry(PLAIN, lambda: plain_run(problem, solver))]
+            found.append(_entry(name, module, problem, solver, iterations, backward))
+    return [*found, Entry(PLAIN, lambda: plain_run(problem, solver, iterations))]
 
 
 def _entry(
@@ -115,16 +115,17 @@ def _entry(
     module: ModuleType,
     problem: Imaml,
     solver: str,
+    iterations: int,
     backward: Callable[[ModuleType, Imaml, Any], Run],
 ) -> Entry:
     factory = getattr(module.linear_solve, SOLVERS[solver])
-    solve = factory(rtol=0.0, atol=0.0, maxiter=ITERATIONS)
+    solve = factory(rtol=0.0, atol=0.0, maxiter=iterations)
 
     def matvecs() -> int:
         products = Products()
         # Only a solver of ours itself learns of a vmap; one that is wrapped is told of the batch.
         batch = {"batch_ndim": 1} if name == OURS and problem.batched else {}
-        counted = factory(rtol=0.0, atol=0.0, maxiter=ITERATIONS, **batch)
+        counted = factory(rtol=0.0, atol=0.0, maxiter=iterations, **batch)
         backward(module, problem, products.counted(counted))()
         return products.count
 

@@ -70,7 +70,7 @@ def build(solver: str, setting: Setting) -> Problem:
         tolerance=TOLERANCE,
         entries=entries,
         vector_bytes=b.nbytes,
-        goal=MemoryGoal(GOALS[solver]),
+        goals=[MemoryGoal(GOALS[solver])],
     )
 
 

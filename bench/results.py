@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ class Row:
     """One provider on one problem; None where there is nothing to say, `remark` then says why.
 
     Seconds are of one unit of work: the median, and the 20th and 80th percentile. `relative` is the
-    median over ours; `peak` is in vectors where the problem has such a unit, else in MiB.
+    median over ours; `peak` is in vectors where the problem has such a unit, else in MiB. `figures`
+    is what a case tells besides.
     """
 
     provider: str
@@ -27,11 +28,12 @@ class Row:
     matvecs: int | None = None
     peak: float | None = None
     remark: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case: its rows, and what became of its goal."""
+    """One case: its rows, what became of its goals, and the seconds that all of it took."""
 
     name: str
     about: str
@@ -39,6 +41,9 @@ class CaseResult:
     peak_unit: str
     rows: list[Row]
     goal: str = ""
+    compares: str = ""
+    error_is: str = "relative, to float64"
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,13 +12,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bench.case import OURS, Absent, Case, Entry, MemoryGoal, Problem, Setting, Tensors
+from bench.case import (
+    OURS,
+    SAME_RESIDUAL,
+    Absent,
+    Case,
+    Entry,
+    Goal,
+    MemoryGoal,
+    Problem,
+    ProductGoal,
+    Setting,
+    Tensors,
+)
 from bench.peak import peak_bytes
 from bench.results import CaseResult, Row
 from tritonimplicit_kernels.bench.clock import Times, in_turns, timed
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
-SECONDS_PER_CASE = 10.0
+SECONDS_PER_CASE = 5.0
 """Rounds beyond the least are done as long as a case takes no longer."""
 MIB = 2**20
 
@@ -33,8 +46,10 @@ class _Contender:
 
 def run_case(case: Case, setting: Setting) -> CaseResult:
     """Build the case's problem and let every entry solve it."""
+    began = time.perf_counter()
     with _peers_may_warn():
-        return measure(case.name, case.build(setting), setting)
+        result = measure(case.name, case.build(setting), setting)
+    return replace(result, seconds=time.perf_counter() - began)
 
 
 def measure(name: str, problem: Problem, setting: Setting) -> CaseResult:
@@ -56,7 +71,9 @@ def measure(name: str, problem: Problem, setting: Setting) -> CaseResult:
         tolerance=problem.tolerance,
         peak_unit="MiB" if problem.vector_bytes is None else "vectors",
         rows=ordered,
-        goal=_judged(problem, rows),
+        goal="; ".join(_judged(goal, rows) for goal in problem.goals),
+        compares=problem.compares,
+        error_is=problem.error_is,
     )
 
 
@@ -74,27 +91,40 @@ def _norm(norms: Sequence[Tensor]) -> Tensor:
 
 
 def _admit(entry: Entry | Absent, problem: Problem, setting: Setting) -> _Contender | Row:
-    """Run once to warm up, once for the answer, and off the clock for memory and matvecs."""
+    """Run once to warm up and be checked, once on the clock, and off it for memory and matvecs."""
     if isinstance(entry, Absent):
         return Row(entry.provider, remark=entry.reason)
     try:
-        entry.prepare()()
-        seconds, answer = timed(entry.prepare(), setting.device)
-        row = _checked(entry.provider, answer, problem)
+        row = checked(entry, entry.prepare()(), problem)
         if row.remark:
             return row
+        seconds, answer = timed(entry.prepare(), setting.device)
         del answer
-        peak = peak_bytes(entry.prepare(), setting.device) / (problem.vector_bytes or MIB)
+        peak = _peak(entry, problem, setting)
         matvecs = entry.matvecs() if entry.matvecs else None
     except Exception as error:  # a provider that fails is a row of the table, not its end
         return Row(entry.provider, remark=f"failed: {type(error).__name__}: {error}"[:200])
     return _Contender(entry, replace(row, peak=peak, matvecs=matvecs), seconds)
 
 
-def _checked(provider: str, answer: Tensors, problem: Problem) -> Row:
-    error = relative_error(answer, problem.expected)
-    right = error <= problem.tolerance  # False for NaN
-    return Row(provider, error=error, remark="" if right else "wrong answer: not timed")
+def checked(entry: Entry, answer: Tensors, problem: Problem) -> Row:
+    """The gate: a row with the answer's error, and a remark if that is too large."""
+    expected = problem.expected if entry.expected is None else entry.expected
+    error = problem.error(answer) if problem.error else relative_error(answer, expected)
+    right = error <= (entry.tolerance or problem.tolerance)  # False for NaN
+    wrong = "not reached" if problem.compares == SAME_RESIDUAL else "wrong answer"
+    return Row(
+        entry.provider,
+        error=error,
+        remark="" if right else f"{wrong}: not timed",
+        figures=entry.figures(answer) if entry.figures else {},
+    )
+
+
+def _peak(entry: Entry, problem: Problem, setting: Setting) -> float | None:
+    if not entry.in_torch:
+        return None
+    return peak_bytes(entry.prepare(), setting.device) / (problem.vector_bytes or MIB)
 
 
 def _race(contenders: Sequence[_Contender], problem: Problem, setting: Setting) -> Iterator[Row]:
@@ -105,11 +135,12 @@ def _race(contenders: Sequence[_Contender], problem: Problem, setting: Setting) 
     affordable = int(0 if setting.quick else SECONDS_PER_CASE / lap)
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, affordable))
     last: dict[str, Row] = {}
+    entries = {contender.entry.provider: contender.entry for contender in contenders}
 
     def check(provider: str, answer: Tensors) -> None:
-        last[provider] = _checked(provider, answer, problem)
+        last[provider] = checked(entries[provider], answer, problem)
 
-    prepared = {contender.entry.provider: contender.entry.prepare for contender in contenders}
+    prepared = {provider: entry.prepare for provider, entry in entries.items()}
     seconds = in_turns(prepared, setting.device, rounds, check)
     times = {
         provider: Times.of([each / problem.repeats for each in taken])
@@ -131,23 +162,32 @@ def _race(contenders: Sequence[_Contender], problem: Problem, setting: Setting) 
         )
 
 
-def _judged(problem: Problem, rows: dict[str, Row]) -> str:
+def _judged(goal: Goal, rows: dict[str, Row]) -> str:
     """What was asked for, and what came of it."""
-    goal = problem.goal
-    if goal is None:
-        return ""
+    found: float | None
     if isinstance(goal, MemoryGoal):
         wanted, found = f"at most {goal.vectors:g} vectors", rows[OURS].peak
         met = found is not None and round(found, 2) <= goal.vectors
-        reached = "" if found is None else f"{found:.2f}"
+        reached = f"{found:.2f}" if found is not None else ""
+    elif isinstance(goal, ProductGoal):
+        wanted, found = f"at most {goal.products} products", rows[OURS].matvecs
+        met = found is not None and found <= goal.products
+        reached = str(found)
     else:
-        wanted = f"{goal.factor:g} times as fast as {goal.peer}"
-        found = rows[goal.peer].relative
+        ours = "" if goal.ours == OURS else f"{goal.ours}: "
+        wanted = f"{ours}{goal.factor:g} times as fast as {goal.peer}"
+        found = _speedup(rows[goal.ours], rows[goal.peer])
         met = found is not None and found >= goal.factor
-        reached = "" if found is None else f"{found:.2f} times"
+        reached = f"{found:.2f} times" if found is not None else ""
     if found is None:
         return f"{wanted}: not measured"
     return f"{wanted}: {'met' if met else 'missed'}, {reached}"
+
+
+def _speedup(ours: Row, peer: Row) -> float | None:
+    if ours.median is None or peer.median is None:
+        return None
+    return peer.median / ours.median
 
 
 @contextmanager
@@ -155,4 +195,6 @@ def _peers_may_warn() -> Iterator[None]:
     with warnings.catch_warnings():
         # TorchOpt 0.7.3 calls functorch by its old name, which torch announces at every call.
         warnings.filterwarnings("ignore", "We've integrated functorch", FutureWarning)
+        # linear_operator says what its row says, that it has not reached the residual.
+        warnings.filterwarnings("ignore", "CG terminated in")
         yield

@@ -7,9 +7,10 @@ from importlib.util import find_spec
 
 from bench.results import CaseResult, Report, Row
 
-COLUMNS = ("provider", "error", "median", "p20 – p80", "× ours", "matvecs", "peak", "remark")
+BEFORE = ("provider", "error")
+AFTER = ("median", "p20 – p80", "× ours", "matvecs", "peak", "remark")
 
-_FILE_WIDTH = 140
+_FILE_WIDTH = 180
 
 
 def show(report: Report) -> None:
@@ -25,15 +26,36 @@ def show(report: Report) -> None:
 def show_case(case: CaseResult) -> None:
     """Print one table."""
     title = f"{case.name}: {case.about}"
-    rows = [_cells(row, case.peak_unit) for row in case.rows]
+    columns, rows = cells(case)
     print()
     if find_spec("rich"):
-        _rich(title, rows)
+        _rich(title, columns, rows)
     else:
-        _plain(title, rows)
-    print(f"errors are relative, to float64; {case.tolerance:.0e} is right")
+        _plain(title, columns, rows)
+    print(footnote(case))
     if case.goal:
         print(f"goal: {case.goal}")
+
+
+def footnote(case: CaseResult) -> str:
+    """How to read the table."""
+    facts = [case.compares] if case.compares else []
+    facts.append(f"errors are {case.error_is}; {case.tolerance:.1e} is right")
+    if case.seconds is not None:
+        facts.append(f"the case took {case.seconds:.1f} s")
+    return "; ".join(facts)
+
+
+def figures_of(case: CaseResult) -> tuple[str, ...]:
+    """The names of all that any row tells besides."""
+    return tuple(dict.fromkeys(name for row in case.rows for name in row.figures))
+
+
+def cells(case: CaseResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table's columns and rows, as text."""
+    figures = figures_of(case)
+    rows = [_cells(row, figures, case.peak_unit) for row in case.rows]
+    return (*BEFORE, *figures, *AFTER), rows
 
 
 def duration(seconds: float) -> str:
@@ -44,15 +66,20 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} µs"
 
 
-def _cells(row: Row, peak_unit: str) -> tuple[str, ...]:
-    spread = (
-        "" if row.p20 is None or row.p80 is None else f"{duration(row.p20)} – {duration(row.p80)}"
-    )
+def spread(row: Row) -> str:
+    """The 20th and the 80th percentile."""
+    if row.p20 is None or row.p80 is None:
+        return ""
+    return f"{duration(row.p20)} – {duration(row.p80)}"
+
+
+def _cells(row: Row, figures: tuple[str, ...], peak_unit: str) -> tuple[str, ...]:
     return (
         row.provider,
         "" if row.error is None else f"{row.error:.1e}",
+        *(f"{row.figures[name]:.5g}" if name in row.figures else "" for name in figures),
         "" if row.median is None else duration(row.median),
-        spread,
+        spread(row),
         "" if row.relative is None else f"{row.relative:.2f}",
         "" if row.matvecs is None else str(row.matvecs),
         "" if row.peak is None else f"{row.peak:.2f} {peak_unit}",
@@ -60,20 +87,20 @@ def _cells(row: Row, peak_unit: str) -> tuple[str, ...]:
     )
 
 
-def _rich(title: str, rows: list[tuple[str, ...]]) -> None:
+def _rich(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*COLUMNS, title=title, title_justify="left")
+    table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else _FILE_WIDTH).print(table)
 
 
-def _plain(title: str, rows: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+def _plain(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     print(title)
-    for row in (COLUMNS, *rows):
+    for row in (columns, *rows):
         print(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         )

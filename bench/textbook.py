@@ -18,3 +18,21 @@ def cg(matvec: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor
         after = unfused.cg(x, r, p, matvec(p), rr)
         x, r, p, rr = (torch.where(runs, *pair) for pair in zip(after, (x, r, p, rr), strict=True))
     return x
+
+
+def cg_to(rtol: float) -> Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]:
+    """A solver that stops where all of ‖r‖ <= rtol ‖b‖, by the recurrence; 10 n iterations."""
+
+    def solve(matvec: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
+        x, r, p, rr = torch.zeros_like(b), b, b, unfused.dot(b, b)
+        enough = rtol**2 * rr
+        for _ in range(10 * b.shape[-1]):
+            runs = rr > enough
+            if not runs.any():
+                break
+            after = unfused.cg(x, r, p, matvec(p), rr)
+            pairs = zip(after, (x, r, p, rr), strict=True)
+            x, r, p, rr = (torch.where(runs, *pair) for pair in pairs)
+        return x
+
+    return solve

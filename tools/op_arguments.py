@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 
 from tritonimplicit_kernels import ops, status
-from tritonimplicit_kernels.layout import SHAPES, dtype_of
+from tritonimplicit_kernels.layout import MAX_DENSE, SHAPES, dtype_of, shape_of
 
-_VALUES = {"state": status.RUNNING, "threshold": 0.0, "limit": math.inf}
+_VALUES = {
+    "state": torch.tensor(status.RUNNING),
+    "threshold": torch.tensor(0.0),
+    "limit": torch.tensor(math.inf),
+    # t.t = 2: BiCGSTAB goes on along its direction.
+    "half_dots": torch.tensor([1.0, 2.0, 1.0, 1.0])[:, None, None],
+}
 _MAXITER = 100
 
 
@@ -19,15 +25,11 @@ def arguments(
 ) -> dict[str, Tensor | int]:
     """Return the arguments of `op` by name: tensors of ones, but for what stops a system."""
     assert op in ops.SCHEMAS
-    sizes = {"2": 2, "B": batch, "ld": ld, "P": partials}
+    sizes = {"B": batch, "ld": ld, "P": partials, "n": MAX_DENSE}
     names = [a.name for a in getattr(torch.ops.tritonimplicit, op).default._schema.arguments]
-    return {
-        name: torch.full(
-            [sizes[size] for size in SHAPES[name].split(", ")],
-            _VALUES.get(name, 1),
-            dtype=dtype_of(name, dtype),
-        )
-        if name in SHAPES
-        else _MAXITER
-        for name in names
-    }
+
+    def tensor(name: str) -> Tensor:
+        ones = torch.ones(shape_of(name, sizes), dtype=dtype_of(name, dtype))
+        return ones * _VALUES[name].to(ones.device) if name in _VALUES else ones
+
+    return {name: tensor(name) if name in SHAPES else _MAXITER for name in names}

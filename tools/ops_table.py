@@ -29,8 +29,18 @@ ITERATIONS = {
     "`CG`": ("cg_dots", "cg_step"),
     "`CG(M=Jacobi())`": ("pcg_dots", "pcg_step"),
     "`Neumann`": ("neumann_step",),
+    "`BiCGSTAB`": (
+        *("bicgstab_dots", "bicgstab_half_step", "bicgstab_half_dots"),
+        "bicgstab_step",
+    ),
+    "`BiCGSTAB(M=...)`": (
+        *("bicgstab_dots", "bicgstab_half_step", "bicgstab_half_dots"),
+        "pbicgstab_step",
+    ),
 }
 """The ops of one iteration, in their order."""
+SOLVES = ("dense_cg",)
+"""Ops that do a whole solve, and whose passes are over the matrix."""
 _FLOPS = ("create_fadd", "create_fsub", "create_fmul", "create_fdiv", "create_fma")
 # Whole blocks only, several a program: no lane is masked.
 _BATCH, _LD, _PARTIALS = 2, 2**14, 2
@@ -123,8 +133,12 @@ class Meter:
 
 def count(op: str) -> Count:
     """Run `op` in the interpreter, on systems that all run, and count."""
-    values = arguments(op, torch.float32, _BATCH, _LD, _PARTIALS)
-    vectors = [v for name, v in values.items() if SHAPES.get(name) == "B, ld"]
+    return count_on(op, arguments(op, torch.float32, _BATCH, _LD, _PARTIALS))
+
+
+def count_on(op: str, values: dict[str, Tensor | int]) -> Count:
+    """Run `op` on these arguments in the interpreter, and count."""
+    vectors = [v for name, v in values.items() if SHAPES.get(name) in ("B, ld", "B, n, n")]
     meter = Meter([v for v in vectors if isinstance(v, Tensor)])
     with meter.running():
         getattr(kernels, op)(*values.values())
@@ -142,6 +156,8 @@ def table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for op in ops.SCHEMAS:
+        if op in SOLVES:
+            continue
         c = count(op)
         lines.append(
             f"| `{op}` | {c.launches} | {c.reads:g} | {c.writes:g} | {c.passes:g} "
@@ -152,6 +168,10 @@ def table() -> str:
         c = count_iteration(method)
         shown = ", ".join(f"`{name}`" for name in names)
         lines.append(f"| {method} | {shown} | {c.launches} | {c.passes:g} |")
+    lines += ["", "| a whole solve | launches | matrix read | written |", "|---|---|---|---|"]
+    for op in SOLVES:
+        c = count(op)
+        lines.append(f"| `{op}` | {c.launches} | {c.reads:g} | {c.writes:g} |")
     return "\n".join(lines) + "\n"
 
 

@@ -28,7 +28,8 @@ class Status(enum.IntEnum):
     MAX_ITERATIONS = codes.MAX_ITERATIONS
     """`maxiter` iterations are done and the tolerance is not met; the value is the last iterate."""
     STAGNATED = codes.STAGNATED
-    """The recurrence met the tolerance, the true residual does not: rounding is the limit."""
+    """The recurrence met the tolerance, the true residual does not: rounding is the limit, or
+    systems of a batch depend on each other."""
     BREAKDOWN = codes.BREAKDOWN
     """A denominator vanished (the matrix is singular, or nearly so, along the search direction)."""
     INDEFINITE = codes.INDEFINITE
@@ -120,6 +121,7 @@ class ConvergenceError(RuntimeError):
 
 
 ON_FAILURE: Final = ("warn", "raise", "ignore")
+TOLD_BY: Final = "`solver.solve(matvec, b)`, or tritonimplicit.record_solves(),"
 
 
 def statuses_in(status: Tensor) -> frozenset[Status]:
@@ -137,13 +139,13 @@ def report_failures(
     expected: frozenset[Status],
     on_failure: str,
     advice: Mapping[Status, str] = _ADVICE,
-    call: str = "solve(matvec, b)",
+    told_by: str = TOLD_BY,
 ) -> None:
     """Warn of, or raise for, what is neither CONVERGED nor `expected` among the statuses `present`.
 
     One warning a status, whose text depends on the solver, the status and the number of systems
     alone, so that Python's default filter shows it once. `advice` says what each means, and
-    `solver.{call}` is how to ask for more. Raises ConvergenceError.
+    `told_by` who knows more. Raises ConvergenceError.
     """
     failures = sorted(present - expected - {Status.CONVERGED})
     if not failures:
@@ -156,8 +158,7 @@ def report_failures(
     for status in failures:
         warnings.warn(
             f"{solution.solver}: {_describe(solution, status, advice[status], counted=False)}. "
-            f"`solver.{call}`, or tritonimplicit.record_solves() around a backward pass, "
-            "tells the status and the residual of every system.",
+            f"{told_by} tells the status and the residual of every system.",
             ConvergenceWarning,
             stacklevel=_callers_level(),
         )

@@ -8,17 +8,35 @@ from __future__ import annotations
 
 from tritonimplicit_kernels import status
 from tritonimplicit_kernels.backends import BACKENDS, Backend, backend, partial_count
-from tritonimplicit_kernels.ops import cg_dots, cg_step, neumann_step, pcg_dots, pcg_step
+from tritonimplicit_kernels.ops import (
+    bicgstab_dots,
+    bicgstab_half_dots,
+    bicgstab_half_step,
+    bicgstab_step,
+    cg_dots,
+    cg_step,
+    dense_cg,
+    neumann_step,
+    pbicgstab_step,
+    pcg_dots,
+    pcg_step,
+)
 from tritonimplicit_kernels.reference import row_dots, row_norms, row_weighted_squares
 
 __all__ = [
     "BACKENDS",
     "Backend",
     "backend",
+    "bicgstab_dots",
+    "bicgstab_half_dots",
+    "bicgstab_half_step",
+    "bicgstab_step",
     "cg_dots",
     "cg_step",
+    "dense_cg",
     "neumann_step",
     "partial_count",
+    "pbicgstab_step",
     "pcg_dots",
     "pcg_step",
     "row_dots",

@@ -75,6 +75,103 @@ class Backend(Protocol):
         """Do `tritonimplicit_kernels.pcg_step`, unchecked."""
         ...
 
+    def bicgstab_dots(
+        self,
+        shadow: Tensor,
+        v: Tensor,
+        state: Tensor,
+        shadow_dots: Tensor,
+    ) -> None:
+        """Do `tritonimplicit_kernels.bicgstab_dots`, unchecked."""
+        ...
+
+    def bicgstab_half_step(
+        self,
+        r: Tensor,
+        v: Tensor,
+        shadow_dots: Tensor,
+        rho: Tensor,
+        rr: Tensor,
+        state: Tensor,
+        threshold: Tensor,
+        limit: Tensor,
+        maxiter: int,
+        alpha: Tensor,
+        ss: Tensor,
+        state_out: Tensor,
+        residual_sq: Tensor,
+    ) -> None:
+        """Do `tritonimplicit_kernels.bicgstab_half_step`, unchecked."""
+        ...
+
+    def bicgstab_half_dots(
+        self,
+        shadow: Tensor,
+        s: Tensor,
+        t: Tensor,
+        state: Tensor,
+        half_dots: Tensor,
+    ) -> None:
+        """Do `tritonimplicit_kernels.bicgstab_half_dots`, unchecked."""
+        ...
+
+    def bicgstab_step(
+        self,
+        x: Tensor,
+        r: Tensor,
+        p: Tensor,
+        shadow: Tensor,
+        v: Tensor,
+        t: Tensor,
+        shadow_dots: Tensor,
+        ss: Tensor,
+        half_dots: Tensor,
+        alpha: Tensor,
+        unit: Tensor,
+        threshold: Tensor,
+        state: Tensor,
+        rho: Tensor,
+        rr_out: Tensor,
+    ) -> None:
+        """Do `tritonimplicit_kernels.bicgstab_step`, unchecked."""
+        ...
+
+    def pbicgstab_step(
+        self,
+        x: Tensor,
+        r: Tensor,
+        p: Tensor,
+        shadow: Tensor,
+        y: Tensor,
+        z: Tensor,
+        v: Tensor,
+        t: Tensor,
+        shadow_dots: Tensor,
+        ss: Tensor,
+        half_dots: Tensor,
+        alpha: Tensor,
+        unit: Tensor,
+        threshold: Tensor,
+        state: Tensor,
+        rho: Tensor,
+        rr_out: Tensor,
+    ) -> None:
+        """Do `tritonimplicit_kernels.pbicgstab_step`, unchecked."""
+        ...
+
+    def dense_cg(
+        self,
+        a: Tensor,
+        rhs: Tensor,
+        threshold: Tensor,
+        maxiter: int,
+        solution: Tensor,
+        state: Tensor,
+        residual_sq: Tensor,
+    ) -> None:
+        """Do `tritonimplicit_kernels.dense_cg`, unchecked."""
+        ...
+
     def neumann_step(
         self,
         x: Tensor,

@@ -28,6 +28,19 @@ SCHEMAS: Final = {
     "neumann_step": "Tensor(a!) x, Tensor ax, Tensor b, Tensor alpha, Tensor rr, Tensor state, "
     "Tensor threshold, Tensor limit, int maxiter, Tensor(b!) rr_out, Tensor(c!) state_out, "
     "Tensor(d!) residual_sq",
+    "bicgstab_dots": "Tensor shadow, Tensor v, Tensor state, Tensor(a!) shadow_dots",
+    "bicgstab_half_step": "Tensor(a!) r, Tensor v, Tensor shadow_dots, Tensor rho, Tensor rr, "
+    "Tensor state, Tensor threshold, Tensor limit, int maxiter, Tensor(b!) alpha, "
+    "Tensor(c!) ss, Tensor(d!) state_out, Tensor(e!) residual_sq",
+    "bicgstab_half_dots": "Tensor shadow, Tensor s, Tensor t, Tensor state, Tensor(a!) half_dots",
+    "bicgstab_step": "Tensor(a!) x, Tensor(b!) r, Tensor(c!) p, Tensor(d!) shadow, Tensor v, "
+    "Tensor t, Tensor shadow_dots, Tensor ss, Tensor half_dots, Tensor alpha, Tensor unit, "
+    "Tensor threshold, Tensor state, Tensor(e!) rho, Tensor(f!) rr_out",
+    "pbicgstab_step": "Tensor(a!) x, Tensor(b!) r, Tensor(c!) p, Tensor(d!) shadow, Tensor y, "
+    "Tensor z, Tensor v, Tensor t, Tensor shadow_dots, Tensor ss, Tensor half_dots, Tensor alpha, "
+    "Tensor unit, Tensor threshold, Tensor state, Tensor(e!) rho, Tensor(f!) rr_out",
+    "dense_cg": "Tensor a, Tensor rhs, Tensor threshold, int maxiter, Tensor(a!) solution, "
+    "Tensor(b!) state, Tensor(c!) residual_sq",
 }
 
 
@@ -178,3 +191,161 @@ def neumann_step(
     torch.ops.tritonimplicit.neumann_step(
         x, ax, b, alpha, rr, state, threshold, limit, maxiter, rr_out, state_out, residual_sq
     )
+
+
+def bicgstab_dots(shadow: Tensor, v: Tensor, state: Tensor, shadow_dots: Tensor) -> None:
+    """Write the partial sums of r^.v, r^.r^ and v.v of v = A p: 2 passes, the first of 4 launches.
+
+    shadow (r^), v: (B, ld); state: (2, B) int32; shadow_dots: (3, B, P) float64, zero for a frozen
+    system.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, device, stride or alignment.
+    """
+    torch.ops.tritonimplicit.bicgstab_dots(shadow, v, state, shadow_dots)
+
+
+def bicgstab_half_step(
+    r: Tensor,
+    v: Tensor,
+    shadow_dots: Tensor,
+    rho: Tensor,
+    rr: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    limit: Tensor,
+    maxiter: int,
+    alpha: Tensor,
+    ss: Tensor,
+    state_out: Tensor,
+    residual_sq: Tensor,
+) -> None:
+    """Do the first half of a BiCGSTAB iteration after `bicgstab_dots`, or stop a system: 3 passes.
+
+    van der Vorst 1992 (doi 10.1137/0913035): alpha = rho / r^.v in float64, rounded once to the
+    vectors' dtype; r becomes s = r - alpha v. Where r^.v is rounding alpha is zero: the second half
+    is done alone, and then a fresh start; where that was one already, it is a BREAKDOWN.
+
+    r, v: (B, ld); shadow_dots: (3, B, P); rho: (B,) float64, r^.r, or zero for a system that
+    begins afresh, with r^ = r; rr: (B, P) partial sums of the squared residual norm; state,
+    state_out: (2, B) int32; threshold and limit: (B,), the squared residual norm at which a system
+    has converged, and that beyond which it has DIVERGED; alpha: (B,) and ss: (B, P), partial sums
+    of s.s, for `bicgstab_step`; residual_sq: (B,), the sum of `rr`. A system that stops, or has
+    stopped, keeps r; its `ss` is zero.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, device, stride or alignment.
+    """
+    torch.ops.tritonimplicit.bicgstab_half_step(
+        *(r, v, shadow_dots, rho, rr, state, threshold, limit),
+        *(maxiter, alpha, ss, state_out, residual_sq),
+    )
+
+
+def bicgstab_half_dots(
+    shadow: Tensor, s: Tensor, t: Tensor, state: Tensor, half_dots: Tensor
+) -> None:
+    """Write the partial sums of t.s, t.t, r^.s and r^.t of t = A s: 3 passes.
+
+    shadow (r^), s, t: (B, ld); state: (2, B) int32, after `bicgstab_half_step`; half_dots:
+    (4, B, P) float64, zero for a frozen system.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, device, stride or alignment.
+    """
+    torch.ops.tritonimplicit.bicgstab_half_dots(shadow, s, t, state, half_dots)
+
+
+def bicgstab_step(
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    shadow: Tensor,
+    v: Tensor,
+    t: Tensor,
+    shadow_dots: Tensor,
+    ss: Tensor,
+    half_dots: Tensor,
+    alpha: Tensor,
+    unit: Tensor,
+    threshold: Tensor,
+    state: Tensor,
+    rho: Tensor,
+    rr_out: Tensor,
+) -> None:
+    """Do the rest of a BiCGSTAB iteration after `bicgstab_half_dots`: 8 passes.
+
+    omega = t.s / t.t, the next rho = r^.s - omega r^.t, beta = rho / (r^.v omega) in float64,
+    rounded once to the vectors' dtype; x += unit (alpha p + omega s); r = s - omega t;
+    p = r + beta (p - omega v). Where s is at the threshold already, or t.s is rounding, omega is
+    zero. A system whose alpha, omega or rho is lost begins afresh: rho = 0, p = r^ = r, a ninth
+    pass.
+
+    x, p, v, t: (B, ld); r: (B, ld), s before and r after; shadow (r^): (B, ld); unit: (B,)
+    float64, the size of residual that all vectors but x are in units of, so that products with A
+    stay small; shadow_dots: (3, B, P); ss: (B, P); half_dots: (4, B, P); alpha, threshold: (B,);
+    state: (2, B) int32, after `bicgstab_half_step`; rho: (B,), the next; rr_out: (B, P) partial
+    sums of the squared residual norm, in x's units, zero for a frozen system, which keeps all its
+    vectors.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, device, stride or alignment.
+    """
+    torch.ops.tritonimplicit.bicgstab_step(
+        *(x, r, p, shadow, v, t, shadow_dots, ss, half_dots),
+        *(alpha, unit, threshold, state, rho, rr_out),
+    )
+
+
+def pbicgstab_step(
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    shadow: Tensor,
+    y: Tensor,
+    z: Tensor,
+    v: Tensor,
+    t: Tensor,
+    shadow_dots: Tensor,
+    ss: Tensor,
+    half_dots: Tensor,
+    alpha: Tensor,
+    unit: Tensor,
+    threshold: Tensor,
+    state: Tensor,
+    rho: Tensor,
+    rr_out: Tensor,
+) -> None:
+    """Do `bicgstab_step` with a right preconditioner M: 10 passes.
+
+    x += unit (alpha y + omega z), where y = M p and z = M s, (B, ld) each, and the products are
+    v = A y and t = A z. The other arguments are those of `bicgstab_step`.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, device, stride or alignment.
+    """
+    torch.ops.tritonimplicit.pbicgstab_step(
+        *(x, r, p, shadow, y, z, v, t, shadow_dots, ss, half_dots),
+        *(alpha, unit, threshold, state, rho, rr_out),
+    )
+
+
+def dense_cg(
+    a: Tensor,
+    rhs: Tensor,
+    threshold: Tensor,
+    maxiter: int,
+    solution: Tensor,
+    state: Tensor,
+    residual_sq: Tensor,
+) -> None:
+    """Solve small dense systems from zero by conjugate gradients, each whole solve in one launch.
+
+    The recurrence, its rules and its statuses are those of `cg_step`; on a GPU the matrix is read
+    once. A system is CONVERGED where the true residual b - A x, recomputed in float64, meets the
+    threshold or eps ‖b‖, and STAGNATED where only the recurrence's did.
+
+    a: (B, n, n), n from 1 to 128, symmetric (which is not checked) and positive or negative
+    definite (INDEFINITE where it is seen that it is not); rhs: (B, n); threshold: (B,) float64, the
+    squared residual norm at which a system has converged; solution: (B, n), NaN for a NON_FINITE
+    system, else the last iterate; state: (2, B) int32, statuses and iterations; residual_sq: (B,)
+    float64, the true one.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, device or stride.
+    """
+    torch.ops.tritonimplicit.dense_cg(a, rhs, threshold, maxiter, solution, state, residual_sq)

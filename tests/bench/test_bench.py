@@ -12,11 +12,22 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.__main__ import main
 from bench.batched import backward, data
-from bench.case import OURS, PLAIN, Absent, Entry, MemoryGoal, Problem, Setting, SpeedGoal
-from bench.hypergradient import data as mlp_data
+from bench.case import (
+    OURS,
+    PLAIN,
+    Absent,
+    Entry,
+    MemoryGoal,
+    Problem,
+    ProductGoal,
+    Setting,
+    SpeedGoal,
+)
+from bench.hypergradient import data as network_data
 from bench.imaml import entries, root_backward
-from bench.libraries import library
+from bench.libraries import PEERS, library
 from bench.memory import Diagonal
+from bench.networks import NETWORKS
 from bench.peak import peak_bytes
 from bench.registry import CASES, select
 from bench.results import Report
@@ -33,7 +44,8 @@ def always(*answer):
 
 
 def problem(*entries, goal=None, vector_bytes=None):
-    return Problem("a test", (RIGHT,), 1e-3, entries, goal=goal, vector_bytes=vector_bytes)
+    goals = [] if goal is None else [goal]
+    return Problem("a test", (RIGHT,), 1e-3, entries, goals=goals, vector_bytes=vector_bytes)
 
 
 def rows_of(problem):
@@ -60,7 +72,7 @@ def test_a_tiny_case_runs_and_is_reported(tmp_path, capsys):
     assert environment["threads"] == torch.get_num_threads()
     assert environment["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     capsys.readouterr()
-    assert main(["report", str(file)]) == 0
+    assert main(["show", str(file)]) == 0
     assert "steps/cg-1e5" in capsys.readouterr().out
 
 
@@ -69,7 +81,7 @@ def test_tables_without_rich(tmp_path, capsys, monkeypatch):
     (file,) = tmp_path.glob("*.json")
     monkeypatch.setattr("bench.tables.find_spec", lambda name: None)
     capsys.readouterr()
-    assert main(["report", str(file)]) == 0
+    assert main(["show", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith(PLAIN) for line in lines)
 
@@ -86,6 +98,18 @@ def test_a_family_is_all_of_its_cases():
         "memory/normal_cg",
         "memory/neumann",
     ]
+
+
+def test_a_quick_run_has_what_is_brief_and_what_is_named():
+    named = select(["scaling/batch-4", "hyperparameter"], quick=True)
+    assert [case.name for case in named] == [
+        "hyperparameter/ridge",
+        "hyperparameter/logistic",
+        "scaling/batch-4",
+    ]
+    brief = select([], quick=True)
+    assert {case.family for case in brief} == {case.family for case in CASES}
+    assert len(brief) < len(select([])) == len(CASES)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +145,13 @@ def test_a_provider_that_fails_or_is_missing_is_named():
     assert rows["broken"].median is rows["missing"].median is None
 
 
-def test_a_peer_that_is_not_installed_is_absent(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchopt", None)
-    assert isinstance(library("TorchOpt"), Absent)
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_that_is_not_installed_is_absent(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, PEERS[name].module.split(".")[0], None)
+    monkeypatch.setitem(sys.modules, PEERS[name].module, None)
+    absent = library(name)
+    assert isinstance(absent, Absent)
+    assert absent.reason.startswith("not installed")
 
 
 def test_providers_take_turns():
@@ -154,6 +182,42 @@ def test_a_speed_goal_against_who_is_not_there_is_not_measured():
     goal = SpeedGoal("peer", 2.0)
     rows = problem(Entry(OURS, always(RIGHT)), Absent("peer", "not installed"), goal=goal)
     assert measure("a/test", rows, QUICK).goal.endswith("not measured")
+
+
+def test_a_speed_goal_may_speak_of_another_of_our_rows():
+    other = f"{OURS}, other"
+    entries = [Entry(name, always(RIGHT)) for name in (OURS, other, "peer")]
+    result = measure("a/test", problem(*entries, goal=SpeedGoal("peer", 1e9, other)), QUICK)
+    median = {row.provider: row.median for row in result.rows}
+    assert result.goal.startswith(f"{other}: 1e+09 times as fast as peer: missed")
+    assert result.goal.endswith(f"{median['peer'] / median[other]:.2f} times")
+
+
+@pytest.mark.parametrize(("products", "verdict"), [(7, "met"), (6, "missed")])
+def test_a_goal_of_products_is_judged(products, verdict):
+    entry = Entry(OURS, always(RIGHT), matvecs=lambda: 7)
+    result = measure("a/test", problem(entry, goal=ProductGoal(products)), QUICK)
+    assert result.goal == f"at most {products} products: {verdict}, 7"
+
+
+def test_an_entry_may_have_an_oracle_and_a_tolerance_of_its_own():
+    other = Entry("other", always(2 * RIGHT), expected=(2 * RIGHT,))
+    loose = Entry("loose", always(1.5 * RIGHT), tolerance=0.6)
+    rows = rows_of(problem(Entry(OURS, always(RIGHT)), other, loose))
+    assert rows["other"].error == 0
+    assert rows["loose"].error == 0.5
+    assert all(row.median for row in rows.values())
+
+
+def test_figures_are_told_of_wrong_answers_too():
+    def first(answer):
+        return {"first": answer[0][0].item()}
+
+    wrong = Entry("peer", always(2 * RIGHT), figures=first)
+    rows = rows_of(problem(Entry(OURS, always(RIGHT), figures=first), wrong))
+    assert rows[OURS].figures == {"first": 3.0}
+    assert rows["peer"].figures == {"first": 6.0}
+    assert rows["peer"].median is None
 
 
 def test_relative_error_is_of_all_tensors_together():
@@ -201,10 +265,11 @@ def test_peak_is_the_allocators(run):
 
 @pytest.mark.parametrize(("solver", "products"), [("cg", 20), ("normal_cg", 41)])
 def test_matvecs_of_our_solvers(solver, products):
-    ours = entries(mlp_data(CPU).double(), solver, root_backward, peers=[])[0]
+    problem = network_data(NETWORKS["mlp"], CPU).double()
+    ours = entries(problem, solver, 20, root_backward, peers=[])[0]
     assert ours.matvecs() == products  # in float64 rounding stops nothing; A^T b is one product
 
 
 def test_matvecs_of_a_batch_are_counted_once():
-    ours = entries(data(3, CPU).double(), "cg", backward, peers=[])[0]
+    ours = entries(data(3, CPU).double(), "cg", 20, backward, peers=[])[0]
     assert ours.matvecs() <= 21

@@ -197,6 +197,24 @@ def test_a_sample_that_diverges_does_not_touch_the_others(solver, bad):
 
 
 @every_solver
+def test_samples_that_depend_on_each_other_are_found_out(solver):
+    # The first stops at once, at a fixed point that the second moves away from it.
+    def f(z):
+        return torch.stack([0.5 * z[0] + z[1], 0.5 * z[1].cos() + 0.2])
+
+    z0 = torch.zeros(2, 3, dtype=DOUBLE)
+    solution = solver.solve(f, z0)
+    assert solution.status.tolist() == [Status.STAGNATED, Status.CONVERGED]
+    residual = norms(f(solution.value) - solution.value)
+    torch.testing.assert_close(solution.residual_norm, residual)
+    assert residual[0] > 0.1
+    with pytest.warns(ti.ConvergenceWarning, match="depend on each other"):
+        solver(f, z0)
+    whole = with_fields(solver, batch_ndim=0).solve(f, z0)
+    assert whole.status == Status.CONVERGED
+
+
+@every_solver
 def test_nan_in_one_start(solver):
     _, b, f = contraction()
     z0 = torch.zeros_like(b)
@@ -255,6 +273,29 @@ def test_the_best_iterate_is_kept(solver):
 
 
 @every_solver
+def test_each_sample_keeps_its_own_best_iterate(solver):
+    # Two samples without a fixed point, one that has one: their bests come at different times.
+    scale = torch.tensor([[-3.0, 4.0, 9.0], [0.5, -0.9, 0.2], [5.5, -8.0, 2.5]], dtype=DOUBLE)
+    expands = torch.tensor([[True], [False], [True]])
+    solver = with_fields(solver, maxiter=6, rtol=1e-12)
+    seen, residuals = [], []
+
+    def f(z):
+        image = torch.where(expands, scale * z.tanh() + 1 + z, 0.9 * (scale * z).sin() + 1)
+        seen.append(z.clone())
+        residuals.append(norms(image - z))
+        return image
+
+    solution = solver.solve(f, torch.ones_like(scale))
+    residuals = torch.stack(residuals)
+    best = residuals.argmin(0)
+    assert len(best.unique()) > 1
+    for i, k in enumerate(best.tolist()):
+        assert torch.equal(solution.value[i], seen[k][i])
+        torch.testing.assert_close(solution.residual_norm[i], residuals[k, i])
+
+
+@every_solver
 @pytest.mark.parametrize("check_every", [1, 3, 50])
 def test_polls_change_nothing(solver, check_every):
     _, b, f = contraction()
@@ -284,6 +325,17 @@ def test_a_blind_solve_reads_nothing(solver):
     assert torch.equal(z, solver(f, torch.zeros_like(b)))
 
 
+@every_solver
+@pytest.mark.parametrize("check_every", [None, 1, 3, 7])
+def test_the_host_reads_the_polls_alone(solver, check_every):
+    _, b, f = contraction()
+    solver = with_fields(solver, check_every=check_every)
+    with Reads() as reads:
+        solution = solver.solve(f, torch.zeros_like(b))
+    iterations = int(solution.iterations.max())
+    assert reads.count <= -(-iterations // (check_every or 1)) + 1
+
+
 @pytest.mark.gpu
 @every_solver
 def test_a_blind_solve_never_synchronises(solver):
@@ -302,6 +354,26 @@ def test_a_blind_solve_never_synchronises(solver):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(z, with_fields(solver)(f, torch.zeros_like(b)))
+
+
+@pytest.mark.gpu
+@every_solver
+def test_polls_on_a_gpu_do_not_wait_for_the_device(solver):
+    a, b, _ = contraction()
+    a, b = a.cuda(), b.cuda()
+    polled = with_fields(solver, check_every=2, on_failure="ignore")
+
+    def f(z):
+        return 0.5 * torch.tanh(a * z) + b
+
+    expected = polled(f, torch.zeros_like(b))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        z = polled(f, torch.zeros_like(b))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(z, expected)
 
 
 # -- structures and precisions ---------------------------------------------------------------------

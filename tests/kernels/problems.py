@@ -59,7 +59,13 @@ class Step:
 
     def select(self: AnyStep, systems: list[int]) -> AnyStep:
         """Return a copy with these systems alone."""
-        second = ("state", "state_out", "dots")  # the batch is their second dimension
+        second = (
+            "state",
+            "state_out",
+            "dots",
+            "shadow_dots",
+            "half_dots",
+        )  # the batch is their second dimension
         return self._map(
             lambda name, value: (value[:, systems] if name in second else value[systems]).clone()
         )

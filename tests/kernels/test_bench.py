@@ -145,7 +145,7 @@ def test_the_program_writes_down_what_it_found(
     for fact in ("date", "commit", "device", "cpu", "cores", "threads", "load", "python"):
         assert fact in found["environment"]
     assert found["environment"]["versions"].keys() == {"torch", "triton", "numpy"}
-    assert len(found["rows"]) == 2 * len(CASES)
+    assert len(found["rows"]) == sum(len(list(PLAN.sizes(case))) for case in CASES)
     for row in found["rows"]:
         assert row.keys() == {field.name for field in dataclasses.fields(results.Row)}
         assert row["ours"].keys() == {"p20", "p50", "p80", "rounds"}
@@ -203,11 +203,11 @@ def test_the_presets_cover_what_they_promise() -> None:
     full, quick = (Plan.on(torch.device("cuda"), quick) for quick in (False, True))
     assert {10**4, 10**8} <= set(full.elements) and {1, 1024} <= set(full.systems)
     assert set(quick.elements) <= set(full.elements)
-    for plan in (full, quick, Plan.on(CPU, True)):
-        rows = list(plan.sizes())
-        assert len(rows) == len(plan.elements) * len(plan.systems) * len(DTYPES)
-        # No more than the seconds a row, where a lap is short, and the rest for what is not timed.
-        assert len(rows) * len(CASES) * plan.seconds < 180
+    for plan, limit in ((quick, 180), (Plan.on(CPU, True), 60)):
+        rows = [list(plan.sizes(case)) for case in CASES]
+        assert all(rows)
+        # The seconds a row has, where a lap is short; the rest is for what is not timed.
+        assert sum(map(len, rows)) * plan.seconds < limit / 2
 
 
 # --- With Triton ----------------------------------------------------------------------------------
@@ -278,5 +278,5 @@ def test_the_program_runs_on_a_gpu(tmp_path: Path) -> None:
     (file,) = tmp_path.glob("*.json")
     found = json.loads(file.read_text())
     assert found["environment"]["gpu"] and "driver" in found["environment"]
-    assert [row["remark"] for row in found["rows"]] == [""] * (2 * len(CASES))
+    assert not any(row["remark"] for row in found["rows"])
     assert len(found["comparisons"]) == 3

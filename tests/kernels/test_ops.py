@@ -12,12 +12,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tritonimplicit_kernels as kernels
+from tests.kernels.bicgstab_problems import BiCGSTAB, bicgstab, pbicgstab
+from tests.kernels.dense_problems import dense_cg
 from tests.kernels.problems import DTYPES, F64, Step, cg, neumann, pcg
-from tritonimplicit_kernels import ops
+from tritonimplicit_kernels import ops, reference
 
 CG_STEP = ("x", "r", "p", "ap", "dots", "rr", "state", "threshold", "maxiter")
 PCG_STEP = ("x", "r", "p", "ap", "d", "dots", "rr", "rz", "state", "threshold", "maxiter")
 NEUMANN_STEP = ("x", "ax", "b", "alpha", "rr", "state", "threshold", "limit", "maxiter")
+DENSE_CG = ("a", "rhs", "threshold", "maxiter", "solution", "state", "residual_sq")
+BICGSTAB_SCALARS = ("shadow_dots", "ss", "half_dots", "alpha", "unit", "threshold", "state", "rho")
 OUTPUTS = ("rr_out", "state_out", "residual_sq")
 ARGUMENTS = {
     "cg_dots": ("p", "ap", "state", "dots"),
@@ -25,14 +29,35 @@ ARGUMENTS = {
     "pcg_dots": ("p", "ap", "d", "state", "dots"),
     "pcg_step": (*PCG_STEP, "rr_out", "rz_out", "state_out", "residual_sq"),
     "neumann_step": NEUMANN_STEP + OUTPUTS,
+    "dense_cg": DENSE_CG,
+    "bicgstab_dots": ("shadow", "v", "state", "shadow_dots"),
+    "bicgstab_half_step": (
+        *("r", "v", "shadow_dots", "rho", "rr", "state", "threshold", "limit", "maxiter"),
+        *("alpha", "ss", "state_out", "residual_sq"),
+    ),
+    "bicgstab_half_dots": ("shadow", "s", "t", "state", "half_dots"),
+    "bicgstab_step": ("x", "r", "p", "shadow", "v", "t", *BICGSTAB_SCALARS, "rr_out"),
+    "pbicgstab_step": ("x", "r", "p", "shadow", "y", "z", "v", "t", *BICGSTAB_SCALARS, "rr_out"),
+}
+
+
+MAKE = {
+    "cg": cg,
+    "pcg": pcg,
+    "neumann": neumann,
+    "dense": dense_cg,
+    "bicgstab": bicgstab,
+    "pbicgstab": pbicgstab,
 }
 
 
 def arguments(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    make = {"cg": cg, "pcg": pcg, "neumann": neumann}[op.split("_")[0]]
+    make = MAKE[op.split("_")[0]]
     step: Step = make(3, 40, dtype, 2)
     if op in ("cg_step", "pcg_step"):
         step.dots[:] = 1.0
+    if isinstance(step, BiCGSTAB):
+        step.launch(reference)  # so that there is what the launches hand on
     return {name: getattr(step, name) for name in ARGUMENTS[op]}
 
 
@@ -94,10 +119,11 @@ def test_a_loop_of_steps_compiles_to_the_same_solve() -> None:
 
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_a_fake_call_checks_and_does_nothing(op: str) -> None:
+    given = arguments(op)
     with FakeTensorMode() as mode:
         fakes = {
             name: mode.from_tensor(value) if isinstance(value, Tensor) else value
-            for name, value in arguments(op).items()
+            for name, value in given.items()
         }
         assert getattr(kernels, op)(**fakes) is None
         for name, value in fakes.items():

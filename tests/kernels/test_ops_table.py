@@ -8,8 +8,9 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is a dependency on Linux only")
 tl = triton.language
 
+from tests.kernels.dense_problems import dense_cg  # noqa: E402
 from tools import ops_table  # noqa: E402
-from tritonimplicit.linear_solve import CG, Jacobi, Neumann  # noqa: E402
+from tritonimplicit.linear_solve import CG, BiCGSTAB, FusedSolver, Jacobi, Neumann  # noqa: E402
 from tritonimplicit_kernels import ops  # noqa: E402
 from tritonimplicit_kernels import triton as kernels  # noqa: E402
 
@@ -18,7 +19,13 @@ pytestmark = pytest.mark.interpreter
 
 @pytest.mark.parametrize(
     ("method", "passes", "launches"),
-    [("`CG`", 9, 2), ("`CG(M=Jacobi())`", 11, 2), ("`Neumann`", 4, 1)],
+    [
+        ("`CG`", 9, 2),
+        ("`CG(M=Jacobi())`", 11, 2),
+        ("`Neumann`", 4, 1),
+        ("`BiCGSTAB`", 16, 4),
+        ("`BiCGSTAB(M=...)`", 18, 4),
+    ],
 )
 def test_an_iteration_is_as_lean_as_promised(method: str, passes: int, launches: int) -> None:
     counted = ops_table.count_iteration(method)
@@ -31,10 +38,12 @@ def test_an_iteration_is_as_lean_as_promised(method: str, passes: int, launches:
         ("`CG`", CG(backend="triton", rtol=0.0, maxiter=3)),
         ("`CG(M=Jacobi())`", CG(backend="triton", rtol=0.0, maxiter=3, M=Jacobi(1, seed=1))),
         ("`Neumann`", Neumann(backend="triton", rtol=0.0, maxiter=3)),
+        ("`BiCGSTAB`", BiCGSTAB(backend="triton", rtol=0.0, maxiter=3)),
+        ("`BiCGSTAB(M=...)`", BiCGSTAB(backend="triton", rtol=0.0, maxiter=3, M=Jacobi(1))),
     ],
 )
 def test_a_solver_launches_its_iterations_ops(
-    method: str, solver: CG | Neumann, monkeypatch: pytest.MonkeyPatch
+    method: str, solver: FusedSolver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = []
     for op in ops.SCHEMAS:
@@ -45,6 +54,13 @@ def test_a_solver_launches_its_iterations_ops(
     matrix = torch.linspace(0.5, 1.5, 20).diag() + 0.01  # with 20 eigenvalues: not solved in 3
     solver.solve(lambda v: matrix @ v, torch.linspace(1, 2, 20))
     assert launched == list(ops_table.ITERATIONS[method]) * 3
+
+
+def test_a_whole_solve_reads_its_matrix_once() -> None:
+    problem = dense_cg(2, 40, torch.float32)
+    counted = ops_table.count_on("dense_cg", vars(problem))
+    assert (counted.launches, counted.reads, counted.writes) == (1, 1, 0)
+    assert (problem.state[1] > 5).all()
 
 
 def test_the_docs_have_the_table_of_today() -> None:

@@ -100,7 +100,7 @@ def test_what_a_step_allocates_is_tiles(make: type, frozen: list[int], threads: 
     with Allocations(*(v for v in vars(step).values() if isinstance(v, Tensor))) as allocations:
         step.launch(reference)
     tile = 8 * TILE
-    assert 0 < max(allocations.sizes) <= 2 * tile < step.x.nbytes
+    assert 0 < max(allocations.sizes) <= 3 * tile < step.x.nbytes
 
 
 @pytest.mark.parametrize("n", LENGTHS)

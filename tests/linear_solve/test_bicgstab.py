@@ -1,5 +1,7 @@
 """BiCGSTAB: its denominators, and what becomes of a residual that grows."""
 
+import dataclasses
+
 import pytest
 import scipy.sparse.linalg
 import torch
@@ -78,3 +80,47 @@ def test_a_solution_that_overflows_is_not_finite():
     # A tiny matrix: the residual of so large an x is small, and no float32 number is x.
     solution = BiCGSTAB(maxiter=3).solve(lambda v: v * 1e-20, torch.full((4,), 1e30))
     assert solution.status == Status.NON_FINITE and solution.value.isnan().all()
+
+
+class OneBuffer:
+    """A map that returns its results in one piece of memory; or in a new one each time."""
+
+    def __init__(self, scale, reuses):
+        self.scale, self.out = scale, torch.empty_like(scale) if reuses else None
+
+    def __call__(self, v):
+        return torch.mul(self.scale, v, out=self.out)
+
+
+@pytest.mark.parametrize("ridge", [None, 0.1])
+@pytest.mark.parametrize("reused", ["A", "M", "both"])
+def test_a_map_may_use_one_buffer_for_all_its_results(reused, ridge):
+    scale, b = torch.linspace(1, 3, 32, dtype=DOUBLE), torch.randn(32, dtype=DOUBLE)
+    solver = BiCGSTAB(rtol=1e-10, ridge=ridge)
+
+    def solve(*reusing):
+        M = OneBuffer(1 / scale.sqrt(), "M" in reusing)
+        return dataclasses.replace(solver, M=M).solve(OneBuffer(scale, "A" in reusing), b)
+
+    expected, got = solve(), solve("A" if reused != "M" else "", "M" if reused != "A" else "")
+    assert expected.status == Status.CONVERGED and expected.iterations > 3
+    assert torch.equal(got.value, expected.value) and got.iterations == expected.iterations
+
+
+@pytest.mark.parametrize("reuses", [False, True])
+def test_a_product_is_copied_only_where_its_memory_is_used_again(reuses, monkeypatch):
+    copies, copy = [], torch.Tensor.copy_
+    scale, b = torch.linspace(1, 3, 4096, dtype=DOUBLE), torch.randn(4096, dtype=DOUBLE)
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda v, other: (copies.append(v.shape), copy(v, other))[1]
+    )
+    solution = BiCGSTAB(rtol=1e-10).solve(OneBuffer(scale, reuses), b)
+    rows = copies.count(torch.Size([1, 4096])) - 3  # r, p and the shadow residual at the start
+    assert rows == (solution.iterations if reuses else 1)
+    assert solution.iterations > 3
+
+
+def test_backend_and_graphs_are_fields_as_cgs():
+    assert BiCGSTAB(backend="reference", cuda_graph=True).in_graphs()
+    with pytest.raises(ValueError, match="backend must be one of"):
+        BiCGSTAB(backend="cuda")

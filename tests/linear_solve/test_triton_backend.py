@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tritonimplicit as ti
-from tritonimplicit.linear_solve import CG, Jacobi, Neumann, NormalCG
+from tritonimplicit.linear_solve import CG, BiCGSTAB, Jacobi, Neumann, NormalCG
 
 SOLVERS = [
     CG(rtol=1e-6, maxiter=60, batch_ndim=1),
@@ -14,11 +14,23 @@ SOLVERS = [
     NormalCG(rtol=1e-6, maxiter=200, batch_ndim=1),
     NormalCG(rtol=1e-6, maxiter=200, batch_ndim=1, M=Jacobi(2)),
     Neumann(rtol=1e-6, maxiter=200, batch_ndim=1),
+    BiCGSTAB(rtol=1e-6, maxiter=60, batch_ndim=1),
+    BiCGSTAB(rtol=1e-6, maxiter=60, batch_ndim=1, M=Jacobi(2)),
 ]
 
 
 @pytest.mark.parametrize(
-    "solver", SOLVERS, ids=["cg", "cg-jacobi", "normal_cg", "normal_cg-jacobi", "neumann"]
+    "solver",
+    SOLVERS,
+    ids=[
+        "cg",
+        "cg-jacobi",
+        "normal_cg",
+        "normal_cg-jacobi",
+        "neumann",
+        "bicgstab",
+        "bicgstab-jacobi",
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_batched_pytree_is_solved_as_by_the_reference(solver, dtype, device):

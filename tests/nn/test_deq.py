@@ -13,7 +13,7 @@ from torch.func import functional_call
 import tritonimplicit as ti
 from tritonimplicit import Status
 from tritonimplicit.fixed_point import Anderson, Picard
-from tritonimplicit.linear_solve import GMRES
+from tritonimplicit.linear_solve import GMRES, Neumann
 from tritonimplicit.nn import DEQ, Implicit
 
 DOUBLE = torch.float64
@@ -191,6 +191,27 @@ def test_dropout_draws_one_mask_as_one_evaluation_does():
     assert not torch.equal(z, deq(x))  # another mask
 
 
+@pytest.mark.gpu
+def test_dropout_on_a_gpu_draws_one_mask():
+    cell, x = problem(nn.Dropout(0.5))
+    cell, x = cell.cuda(), x.cuda()
+    deq = DEQ(cell, solver=TIGHT, gradient=EXACT)
+    torch.manual_seed(3)
+    state = torch.cuda.get_rng_state()
+    z = deq(x)
+    after = torch.cuda.get_rng_state()
+    got = gradients(z, *cell.parameters())
+
+    def fixed(z):
+        torch.cuda.set_rng_state(state)
+        return cell(z, x)
+
+    expected = unrolled(fixed, torch.zeros_like(x))
+    assert torch.equal(torch.cuda.get_rng_state(), after)
+    assert_same([z], [expected])
+    assert_same(got, gradients(expected, *cell.parameters()))
+
+
 def test_spectral_norm_does_one_power_iteration():
     cell, x = problem()
     nn.utils.parametrizations.spectral_norm(cell.w)
@@ -361,6 +382,45 @@ def test_failures_are_reported():
     x = torch.linspace(0.1, 0.9, 6).view(2, 3).requires_grad_()
     deq(x).sum().backward()  # a maxiter that was asked for is no failure
     assert (deq.last.backward.iterations == 2).all()
+
+
+def test_warnings_name_the_last_pass():
+    with pytest.warns(ti.ConvergenceWarning, match=r"`deq.last.forward` tells the status"):
+        DEQ(lambda z, x: z + x)(torch.ones(2, 3))
+    rotation = torch.tensor([[0.0, 3.0], [-3.0, 0.0]])
+    x = torch.ones(2, 2, requires_grad=True)
+    gradient = Implicit(Neumann(batch_ndim=1, maxiter=5))
+    z = DEQ(lambda z, x: z @ rotation + x, gradient=gradient)(x)
+    with pytest.warns(ti.ConvergenceWarning, match=r"`deq.last.backward` tells the status"):
+        z.sum().backward()
+
+
+def test_a_pass_that_raises_is_told_of_all_the_same():
+    deq = DEQ(lambda z, x: z + x, solver=Picard(batch_ndim=1, on_failure="raise"))
+    with pytest.raises(ti.ConvergenceError):
+        deq(torch.ones(2, 3))
+    assert (deq.last.forward.status == Status.MAX_ITERATIONS).all()
+
+
+def test_a_z_without_a_batch_is_told_what_to_do():
+    cell, _ = problem()
+    z0 = torch.arange(5, dtype=DOUBLE)
+    mixing = DEQ(lambda z, x: 3 * z.roll(1) + x, solver=Picard(batch_ndim=1))
+    with pytest.warns(ti.ConvergenceWarning, match=r"a z without a batch\), and need fewer"):
+        mixing(z0)
+    z = DEQ(cell, solver=WHOLE, gradient=EXACT_WHOLE)(z0)
+    assert_same([z], [unrolled(lambda z: cell(z, z0), torch.zeros_like(z0))])
+
+
+def test_what_the_caller_does_to_z_does_not_change_the_last_pass():
+    cell, x = problem()
+    deq = DEQ(cell)
+    with torch.no_grad():
+        z = deq(x)
+        before, radius = z.clone(), deq.last.spectral_radius()
+        z.mul_(2)
+    assert torch.equal(deq.last.forward.value, before)
+    assert torch.equal(deq.last.spectral_radius(), radius)
 
 
 def test_a_parameter_in_a_closure_is_warned_of():

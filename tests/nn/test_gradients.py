@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from tritonimplicit import ConvergenceWarning, Status
-from tritonimplicit.fixed_point import Anderson
+from tritonimplicit.fixed_point import Anderson, Broyden
 from tritonimplicit.linear_solve import GMRES, BiCGSTAB, Neumann
-from tritonimplicit.nn import DEQ, JFB, Implicit, Phantom, Unrolled
+from tritonimplicit.nn import DEQ, JFB, SHINE, Implicit, Phantom, Unrolled
 
 DOUBLE = torch.float64
 TIGHT = Anderson(batch_ndim=1, rtol=1e-14, maxiter=200)
@@ -126,6 +126,51 @@ def test_unrolled_is_autograd_through_the_iteration(cell, x):
         DEQ(cell, gradient=Unrolled(1))(x)
 
 
+class TwoScales(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fine, self.coarse = nn.Linear(4, 4), nn.Linear(3, 3)
+        self.down, self.up = nn.Linear(4, 3), nn.Linear(3, 4)
+
+    def forward(self, z, x):
+        fine, (coarse,) = z["fine"], z["coarse"]
+        return {
+            "fine": 0.6 * torch.tanh(self.fine(fine) + self.up(coarse) + x),
+            "coarse": (0.6 * torch.tanh(self.coarse(coarse) + self.down(fine)),),
+        }
+
+
+@pytest.mark.parametrize(
+    ("gradient", "solver"),
+    [
+        (Implicit(GMRES(rtol=1e-13, batch_ndim=1)), TIGHT),
+        (Implicit(BiCGSTAB(rtol=1e-13, batch_ndim=1)), TIGHT),
+        (Implicit(GMRES(rtol=0.0, batch_ndim=1, maxiter=14)), TIGHT),
+        (Implicit(Neumann(batch_ndim=1, maxiter=400)), TIGHT),
+        (Implicit(Neumann(batch_ndim=1, maxiter=400, alpha=0.8)), TIGHT),
+        (SHINE(GMRES(rtol=1e-13, batch_ndim=1)), Broyden(batch_ndim=1, rtol=1e-14, maxiter=200)),
+        (Phantom(400, 0.8), TIGHT),
+        (Unrolled(400), TIGHT),
+    ],
+    ids=lambda way: type(way).__name__,
+)
+def test_those_that_come_to_the_exact_one_do_so_on_several_scales(gradient, solver):
+    torch.manual_seed(0)
+    layer, x = TwoScales().to(DOUBLE), torch.randn(3, 4, dtype=DOUBLE)
+    z0 = {"fine": torch.zeros_like(x), "coarse": (torch.zeros(3, 3, dtype=DOUBLE),)}
+    expected = z0
+    for _ in range(400):
+        expected = layer(expected, x)
+
+    def gradients(z):
+        loss = z["fine"].square().sum() + z["coarse"][0].sum()
+        return torch.autograd.grad(loss, list(layer.parameters()))
+
+    z = DEQ(layer, solver=solver, gradient=gradient)(x, z0=z0)
+    for got, right in zip(gradients(z), gradients(expected), strict=True):
+        same(got, right, 1e-9)
+
+
 @pytest.mark.parametrize("gradient", [Phantom(2, 0.5), JFB(), Unrolled(60)])
 def test_the_others_under_torch_func(cell, x, gradient):
     deq = DEQ(cell, solver=TIGHT, gradient=gradient)
@@ -134,7 +179,7 @@ def test_the_others_under_torch_func(cell, x, gradient):
     same(got, torch.autograd.grad(deq(x).sum(), x)[0])
 
 
-@pytest.mark.parametrize("gradient", [Implicit(), Phantom(), JFB(), Unrolled(60)])
+@pytest.mark.parametrize("gradient", [Implicit(), SHINE(), Phantom(), JFB(), Unrolled(60)])
 def test_one_dropout_mask_for_every_gradient(gradient):
     torch.manual_seed(0)
     w = nn.Linear(6, 6)
@@ -142,7 +187,7 @@ def test_one_dropout_mask_for_every_gradient(gradient):
     layer = nn.Module()
     layer.w, layer.dropout = w, dropout
     layer.forward = lambda z, x: 0.3 * torch.tanh(dropout(w(z)) + x)
-    deq = DEQ(layer, gradient=gradient)
+    deq = DEQ(layer, gradient=gradient, solver=Broyden(batch_ndim=1))
     deq(torch.randn(4, 6)).sum().backward()
     assert (deq.last.forward.status == Status.CONVERGED).all()
 

@@ -40,7 +40,13 @@ Map: TypeAlias = Callable[[TensorTree], TensorTree]
 _ADVICE: Final = {
     Status.MAX_ITERATIONS: (
         "did not converge in maxiter iterations: raise maxiter, loosen rtol/atol, use another "
-        "solver, or make f more of a contraction; the value is the best iterate"
+        "solver, or make f more of a contraction; the value is the best iterate. Samples that "
+        "depend on each other (BatchNorm in training, a z without a batch) need fewer batch_ndim"
+    ),
+    Status.STAGNATED: (
+        "converged by itself, and not with the others in their last state: samples of this batch "
+        "depend on each other (BatchNorm in training, a z without a batch), and need fewer "
+        "batch_ndim, in the linear solver too"
     ),
     Status.DIVERGED: (
         "diverged to NaN or infinity: use Anderson or Broyden, or make f more of a contraction; "
@@ -48,6 +54,8 @@ _ADVICE: Final = {
     ),
     Status.NON_FINITE: "met NaN or infinity in z0 or in f(z0): its value is all NaN",
 }
+
+_TOLD_BY: Final = "`solver.solve(f, z0)`, or tritonimplicit.record_solves(),"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,26 +101,27 @@ class FixedPointSolver(abc.ABC):
         and ConvergenceError if `on_failure` is "raise".
         """
         check_fields(type(self), overrides)
-        return dataclasses.replace(self, **overrides).solve_and_report(f, z0).value
+        solver = dataclasses.replace(self, **overrides)
+        solution = solver.solve(f, z0)
+        solver.report(solution)
+        return solution.value
 
-    def solve_and_report(self, f: Map, z0: TensorTree) -> Solution:
-        """`solve`, with failures reported as `on_failure` says."""
-        solution = self.solve(f, z0)
-        if self.on_failure != "ignore":
-            free = self.rtol == 0 and self.atol == 0
-            expected = frozenset({Status.MAX_ITERATIONS}) if free else frozenset()
-            present = statuses_in(solution.status)
-            report_failures(
-                solution, present, expected, self.on_failure, _ADVICE, call="solve(f, z0)"
-            )
-        return solution
+    def report(self, solution: Solution, told_by: str = _TOLD_BY) -> None:
+        """Do what `on_failure` says of the samples that failed; `told_by` knows more of them."""
+        if self.on_failure == "ignore":
+            return
+        free = self.rtol == 0 and self.atol == 0
+        expected = frozenset({Status.MAX_ITERATIONS}) if free else frozenset()
+        present = statuses_in(solution.status)
+        report_failures(solution, present, expected, self.on_failure, _ADVICE, told_by)
 
     def solve(self, f: Map, z0: TensorTree) -> Solution:
         """Return z with z = f(z) and what became of each sample; never warns.
 
         `residual_norm` is ‖f(z) - z‖ of the z that is returned. The status is CONVERGED,
-        MAX_ITERATIONS, DIVERGED (NaN or infinity on the way: `value` is the best iterate) or
-        NON_FINITE (already at z0: `value` is all NaN).
+        MAX_ITERATIONS, DIVERGED (NaN or infinity on the way: `value` is the best iterate),
+        NON_FINITE (already at z0: `value` is all NaN), or STAGNATED: the sample had converged when
+        it stopped, and has not where the others have come to, so f mixes the samples.
 
         Raises:
             TypeError: an f that is no function; a leaf of z0 or of f's result that is no real
@@ -121,6 +130,14 @@ class FixedPointSolver(abc.ABC):
             RuntimeError: f changes its argument in place, or a torch.func transform is at work on
                 z0 or f's result.
         """
+        return self._solve(f, z0)[0]
+
+    def in_graphs(self) -> bool:
+        """No: f is anything that the user gives, dropout and Python included."""
+        return False
+
+    def _solve(self, f: Map, z0: TensorTree) -> tuple[Solution, Iteration]:
+        """`solve`, and the iteration as it has ended."""
         if not callable(f):
             raise TypeError(f"f must be a function z -> f(z), not a {type(f).__name__}.")
         layout = Layout.of(z0, self.batch_ndim, "z0")
@@ -131,11 +148,7 @@ class FixedPointSolver(abc.ABC):
             iterate(self, iteration, self.maxiter)
             solution = self._solution(iteration, layout)
         record(solution)
-        return solution
-
-    def in_graphs(self) -> bool:
-        """No: f is anything that the user gives, dropout and Python included."""
-        return False
+        return solution, iteration
 
     @abc.abstractmethod
     def _iteration(self, f: RowMatvec, z: Tensor) -> Iteration:
@@ -150,6 +163,11 @@ class FixedPointSolver(abc.ABC):
         status = status.masked_fill(failed & ~never, codes.DIVERGED)
         z = torch.where(converged[:, None], iteration.z, iteration.best)
         norm = torch.where(converged, progress.residual_sq.sqrt(), iteration.best_norm)
+        # Those that had stopped were evaluated to the end, beside the others. Twice the tolerance,
+        # because f need not be bitwise repeatable.
+        unfounded = converged & ~(iteration.norm <= 2 * iteration.tolerance)
+        status = status.masked_fill(unfounded, codes.STAGNATED)
+        norm = torch.where(unfounded, iteration.norm, norm)
         history = progress.history
         return Solution(
             value=optree.tree_map(

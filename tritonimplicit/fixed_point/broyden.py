@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 import tritonimplicit_kernels as kernels
-from tritonimplicit.fixed_point.base import FixedPointSolver
+from tritonimplicit.diagnostics import Solution, TensorTree
+from tritonimplicit.fixed_point.base import FixedPointSolver, Map
 from tritonimplicit.fixed_point.iteration import Iteration
 from tritonimplicit.linear_solve.base import check_choice, check_count
 from tritonimplicit.linear_solve.plain import column, full_precision, normalised
 from tritonimplicit.linear_solve.rows import RowMatvec
+from tritonimplicit.vectors import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +40,37 @@ class Broyden(FixedPointSolver):
             raise ValueError("memory must be at least 1: with no updates there is Picard.")
         check_choice("update", self.update, ("good", "bad"))
 
+    def solve_with_inverse(self, f: Map, z0: TensorTree) -> tuple[Solution, InverseJacobian]:
+        """`solve`, and (I - df/dz)^-1 as the method has come to know it on its way."""
+        solution, iteration = self._solve(f, z0)
+        assert isinstance(iteration, _QuasiNewton)
+        return solution, iteration.inverse()
+
     def _iteration(self, f: RowMatvec, z: Tensor) -> Iteration:
         return _QuasiNewton(self, f, z)
+
+
+@dataclass(frozen=True)
+class InverseJacobian:
+    """v -> (I - J)^-1 v on pytrees like z, about: v - left right^T v, J the Jacobian df/dz.
+
+    `left` and `right` are (k, B, ld), k rank-one updates. For a sample of which the method knows
+    nothing, because it met NaN or infinity or has just begun again, that is v itself.
+    """
+
+    layout: Layout
+    left: Tensor
+    right: Tensor
+
+    def __call__(self, v: TensorTree) -> TensorTree:
+        """(I - J)^-1 v."""
+        rows = self.layout.flatten(v, "v")
+        return self.layout.unflatten(rows - _low_rank(self.left, self.right, rows))
+
+    @property
+    def T(self) -> InverseJacobian:
+        """u -> (I - J)^-T u."""
+        return InverseJacobian(self.layout, self.right, self.left)
 
 
 class _QuasiNewton(Iteration):
@@ -53,6 +84,14 @@ class _QuasiNewton(Iteration):
         self._right = torch.zeros_like(self._left)
         self._count = 0
         self._before: tuple[Tensor, Tensor] | None = None
+
+    def inverse(self) -> InverseJacobian:
+        """-H, of the samples whose updates are finite."""
+        k = self._count
+        finite = [t[:k].isfinite().all(2).all(0) for t in (self._left, self._right)]
+        known = (finite[0] & finite[1])[:, None]
+        left, right = (torch.where(known, t[:k], 0.0) for t in (self._left, self._right))
+        return InverseJacobian(self._f.layout, left, right)
 
     def _next(self) -> Tensor:
         if self._before is not None:
@@ -80,8 +119,11 @@ class _QuasiNewton(Iteration):
     def _product(self, left: Tensor, right: Tensor, v: Tensor) -> Tensor:
         """(-I + left right^T) v; with the two exchanged that is the transpose."""
         k = self._count
-        if k == 0:
-            return -v
-        with full_precision(v.device):
-            coefficients = torch.bmm(v[:, None], right[:k].permute(1, 2, 0))
-            return torch.bmm(coefficients, left[:k].transpose(0, 1))[:, 0] - v
+        return -v if k == 0 else _low_rank(left[:k], right[:k], v) - v
+
+
+def _low_rank(left: Tensor, right: Tensor, v: Tensor) -> Tensor:
+    """left right^T v: (k, B, ld), (k, B, ld), (B, ld) -> (B, ld)."""
+    with full_precision(v.device):
+        coefficients = torch.bmm(v[:, None], right.permute(1, 2, 0))
+        return torch.bmm(coefficients, left.transpose(0, 1))[:, 0]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tritonimplicit.diagnostics import (
     ON_FAILURE,
+    TOLD_BY,
     Solution,
     Status,
     TensorTree,
@@ -95,12 +96,12 @@ class LinearSolver(OwnSolver):
         """Return x with A x = b, not differentiable, and report failures as `on_failure` says."""
         return self.solve_and_report(matvec, b).value
 
-    def solve_and_report(self, matvec: Matvec, b: TensorTree) -> Solution:
-        """`solve`, with failures reported as `on_failure` says."""
+    def solve_and_report(self, matvec: Matvec, b: TensorTree, told_by: str = TOLD_BY) -> Solution:
+        """`solve`, with failures reported as `on_failure` says; `told_by` knows more of them."""
         solution, present = self._solve(matvec, b)
         if self.on_failure != "ignore":
             present = statuses_in(solution.status) if present is None else present
-            report_failures(solution, present, self._expected(), self.on_failure)
+            report_failures(solution, present, self._expected(), self.on_failure, told_by=told_by)
         return solution
 
     def equation(self, matvec: Matvec, b: TensorTree) -> tuple[LinearSolver, Matvec, TensorTree]:

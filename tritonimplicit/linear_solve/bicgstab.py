@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,31 +11,24 @@ from torch import Tensor
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linear_solve.base import build
-from tritonimplicit.linear_solve.iterative import IterativeSolver
+from tritonimplicit.linear_solve.iterative import FusedSolver
 from tritonimplicit.linear_solve.loop import Recurrence, solve_and_verify
-from tritonimplicit.linear_solve.plain import (
-    RowFunction,
-    advance,
-    column,
-    kept,
-    normalised,
-    record,
-)
+from tritonimplicit.linear_solve.plain import RowFunction, normalised
 from tritonimplicit.linear_solve.preconditioners import row_preconditioner
 from tritonimplicit.linear_solve.progress import Progress
-from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
+from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution, share_memory
 from tritonimplicit.operators import Matvec
 from tritonimplicit.vectors import Layout
-from tritonimplicit_kernels import status as codes
 
 
 @dataclass(frozen=True, kw_only=True)
-class BiCGSTAB(IterativeSolver):
-    """BiCGSTAB, for any nonsingular A; (A + ridge I) x = b. Two matvecs an iteration, 8 vectors.
+class BiCGSTAB(FusedSolver):
+    """BiCGSTAB, for any nonsingular A; (A + ridge I) x = b. Two matvecs an iteration, 7 vectors.
 
-    Where a denominator vanishes, the method begins again with the residual as shadow residual; if
-    that does not help, it is a BREAKDOWN. `M` approximates the inverse of A and preconditions from
-    the right, so that residuals are those of A x = b.
+    Four launches an iteration, with a preconditioner or without. Where a denominator vanishes, the
+    method begins again with the residual as shadow residual; if that does not help, it is a
+    BREAKDOWN. `M`, any approximation of the inverse of A, preconditions from the right, so that
+    residuals are those of A x = b.
 
     van der Vorst, "Bi-CGSTAB: a fast and smoothly converging variant of Bi-CG for the solution of
     nonsymmetric linear systems", SIAM J. Sci. Stat. Comput. 13, 1992.
@@ -52,91 +44,102 @@ class BiCGSTAB(IterativeSolver):
 class _BiCGSTAB(Recurrence):
     """All vectors but x are in units of the residual norm at the start: products with A stay small.
 
-    The names are van der Vorst's; `shadow` is his r hat.
+    The names are van der Vorst's; `shadow` is his r hat, and s lies where r was.
     """
-
-    _r: Tensor
-    _p: Tensor
-    _shadow: Tensor
-    _shadow_norm: Tensor
-    _rho: Tensor
-    _fresh: Tensor
-    _unit: Tensor
 
     def __init__(
         self, solver: BiCGSTAB, apply: RowMatvec, b: Tensor, precondition: RowFunction | None
     ):
         self.apply, self.b = apply, b
-        self._precondition = precondition or (lambda v: v)
+        self._product = _Twice(apply)
+        self._preconditioner = None if precondition is None else _Twice(precondition)
         self._maxiter = solver.iteration_limit(apply.layout)
-        self._eps = torch.finfo(b.dtype).eps
+        self._backend = kernels.backend(solver.backend, b.device, b.dtype)
         b_norm = kernels.row_norms(b)
-        self.x, residual = solver.start(apply, b, b_norm)
-        norm = kernels.row_norms(residual)
-        self.progress = Progress(norm, solver.tolerance(b_norm, b.dtype), partials=1)
+        self.x, self._r = solver.start(apply, b, b_norm)
+        norm = kernels.row_norms(self._r)
+        partials = self._backend.partial_count(b.shape[1])
+        self.progress = Progress(norm, solver.tolerance(b_norm, b.dtype), partials)
         # Beyond a growth of 1/eps no digit of the start is left.
-        self._limit = (norm / self._eps).square()
-        self._v = torch.empty_like(b)
-        self._begin(residual, norm)
+        self._limit = (norm / torch.finfo(b.dtype).eps).square()
+        self._p, self._shadow = torch.empty_like(b), torch.empty_like(b)
+        self._unit, self._rho, self._alpha = norm.new_zeros(3, len(norm))
+        self._shadow_dots = norm.new_empty(3, len(norm), partials)
+        self._ss = norm.new_empty(len(norm), partials)
+        self._half_dots = norm.new_empty(4, len(norm), partials)
+        self._begin(self._r)
 
     def step(self) -> None:
-        state, eps, dtype = self.progress, self._eps, self.x.dtype
-        y = self._precondition(self._p)
-        v = self._v.copy_(self.apply(y))
-        v_norm, along = kernels.row_norms(v), kernels.row_dots(self._shadow, v)
-        lost = ~(along.abs() > eps * self._shadow_norm * v_norm)
-        advances = advance(
-            state,
+        state, p, r, shadow = self.progress, self._p, self._r, self._shadow
+        M = self._preconditioner
+        y = p if M is None else M.first(p)
+        v = self._product.first(y)
+        self._backend.bicgstab_dots(shadow, v, state.state, self._shadow_dots)
+        self._backend.bicgstab_half_step(
+            r,
+            v,
+            self._shadow_dots,
+            self._rho,
+            state.rr,
+            state.state,
+            state.threshold,
+            self._limit,
             self._maxiter,
-            (codes.BREAKDOWN, lost & self._fresh),
-            (codes.DIVERGED, state.rr[:, 0] > self._limit),
-            (codes.NON_FINITE, ~(v_norm < math.inf)),
+            self._alpha,
+            self._ss,
+            state.state_out,
+            state.residual_sq,
         )
-        alpha = torch.where(advances & ~lost, self._rho / along, 0.0)
-        self._add(alpha, y)
-        s = self._r - v * column(alpha, dtype)
-        s_norm = kernels.row_norms(s)
-        z = self._precondition(s)
-        t = self.apply(z)
-        t_norm, ts = kernels.row_norms(t), kernels.row_dots(t, s)
-        useful = ((s_norm * self._unit).square() > state.threshold) & (
-            ts.abs() > eps * t_norm * s_norm
-        )
-        omega = torch.where(advances & useful, ts / t_norm.square(), 0.0)
-        self._add(omega, z)
-        self._r = s - t * column(omega, dtype)
-        r_norm = kernels.row_norms(self._r)
-        self._turn(alpha, omega, v, r_norm)
-        record(state, advances, (r_norm * self._unit).square())
-
-    def _turn(self, alpha: Tensor, omega: Tensor, v: Tensor, r_norm: Tensor) -> None:
-        """The next direction; along the residual itself, with a new shadow, where rho is lost."""
-        dtype = v.dtype
-        rho = kernels.row_dots(self._shadow, self._r)
-        beta = rho / self._rho * (alpha / omega)
-        goes_on = rho.abs() > self._eps * self._shadow_norm * r_norm
-        fresh = ~(goes_on & (alpha != 0) & (omega != 0))
-        self._p.sub_(v * column(omega, dtype)).mul_(column(beta, dtype))
-        kept(self._p, ~fresh).add_(self._r)
-        self._shadow = torch.where(fresh[:, None], self._r, self._shadow)
-        self._shadow_norm = torch.where(fresh, r_norm, self._shadow_norm)
-        self._rho = torch.where(fresh, r_norm.square(), rho)
-        self._fresh = fresh
-
-    def _add(self, scalar: Tensor, v: Tensor) -> None:
-        """x += scalar v where the scalar is not zero; elsewhere x is kept, whatever v."""
-        self.x += kept(v * column(scalar * self._unit, v.dtype), scalar != 0)
+        z = r if M is None else M.second(r)
+        t = self._product.second(z)
+        self._backend.bicgstab_half_dots(shadow, r, t, state.state_out, self._half_dots)
+        sums = self._shadow_dots, self._ss, self._half_dots
+        scalars = self._alpha, self._unit, state.threshold, state.state_out, self._rho, state.rr_out
+        if M is None:
+            self._backend.bicgstab_step(self.x, r, p, shadow, v, t, *sums, *scalars)
+        else:
+            self._backend.pbicgstab_step(self.x, r, p, shadow, y, z, v, t, *sums, *scalars)
 
     def restart(self, again: Tensor, residual: Tensor) -> None:
         # All begin again, those that are frozen for nothing.
-        self._begin(residual, kernels.row_norms(residual))
+        self._begin(residual)
 
-    def _begin(self, residual: Tensor, norm: Tensor) -> None:
-        self._r = self._shadow = normalised(residual)[0]
-        self._p = self._r.clone()
-        self._unit = norm
-        self._shadow_norm = self._rho = torch.ones_like(norm)
-        self._fresh = torch.ones_like(norm, dtype=torch.bool)
+    def _begin(self, residual: Tensor) -> None:
+        direction, norm = normalised(residual)
+        for v in (self._r, self._p, self._shadow):
+            v.copy_(direction)
+        self._unit.copy_(norm)
+        self._rho.zero_()  # a fresh start
+
+
+class _Twice:
+    """A map that is called twice an iteration, such that its first result outlives the second.
+
+    For most maps it does by itself. That is seen in the first iteration, in which the first result
+    is copied; it is from then on if the map uses one buffer for all.
+    """
+
+    def __init__(self, fn: RowFunction):
+        self._fn = fn
+        self._second_fn = fn.twin() if isinstance(fn, RowMatvec) else fn
+        self._copies = True
+        self._result: Tensor | None = None
+        self._copy: Tensor | None = None
+
+    def first(self, v: Tensor) -> Tensor:
+        self._result = result = self._fn(v)
+        if not self._copies:
+            return result
+        if self._copy is None:
+            self._copy = torch.empty_like(result)
+        return self._copy.copy_(result)
+
+    def second(self, v: Tensor) -> Tensor:
+        result = self._second_fn(v)
+        assert self._result is not None
+        if self._copies and not share_memory(self._result, result):
+            self._copies, self._copy = False, None
+        return result
 
 
 def solve_bicgstab(

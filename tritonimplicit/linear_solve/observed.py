@@ -10,7 +10,7 @@ from typing import Any
 import optree
 import torch
 
-from tritonimplicit.diagnostics import Solution, TensorTree
+from tritonimplicit.diagnostics import TOLD_BY, Solution, TensorTree
 from tritonimplicit.linear_solve.base import LinearSolver
 from tritonimplicit.linear_solve.direct import solve_directly
 from tritonimplicit.linear_solve.solve import OwnSolver
@@ -19,10 +19,11 @@ from tritonimplicit.operators import Matvec
 
 @dataclass(frozen=True)
 class Observed(OwnSolver):
-    """`inner`, with each Solution handed to `show`."""
+    """`inner`, with each Solution handed to `show`; warnings say that `told_by` knows more."""
 
     inner: LinearSolver
     show: Callable[[Solution], None]
+    told_by: str = TOLD_BY
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # not there yet, in a copy that is being made
@@ -35,7 +36,7 @@ class Observed(OwnSolver):
 
     def solve_plain(self, matvec: Matvec, b: TensorTree) -> TensorTree:
         """Return x with A x = b, not differentiable, and report failures."""
-        solution = self.inner.solve_and_report(matvec, b)
+        solution = self.inner.solve_and_report(matvec, b, self.told_by)
         self.show(solution)
         return solution.value
 

@@ -63,11 +63,15 @@ class RowMatvec:
             return torch.addcmul(rows, v, self.ridge, out=self._buffer())
         if self.ridge is not None:
             return torch.add(rows, v, alpha=self.ridge, out=self._buffer())
-        if _share_memory(
+        if share_memory(
             rows, v
         ):  # an identity hands v back, and v changes while the result is read
             return self._buffer().copy_(rows)
         return rows
+
+    def twin(self) -> RowMatvec:
+        """Return the same with a buffer of its own."""
+        return RowMatvec(self.matvec, self.layout, self.ridge, self._name)
 
     def residual(self, x: Tensor, b: Tensor) -> Tensor:
         """b - (A x + ridge x)."""
@@ -108,5 +112,6 @@ def hidden_derivative() -> RuntimeError:
     )
 
 
-def _share_memory(a: Tensor, b: Tensor) -> bool:
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in one piece of memory."""
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

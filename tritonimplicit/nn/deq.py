@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from tritonimplicit.diagnostics import ConvergenceError, TensorTree
 from tritonimplicit.fixed_point import Anderson, FixedPointSolver
+from tritonimplicit.linear_solve.iterative import IterativeSolver
+from tritonimplicit.nn.correction import check_iterations
 from tritonimplicit.nn.equilibrium import Equilibrium, Problem
 from tritonimplicit.nn.fixed_layer import FixedLayer
-from tritonimplicit.nn.gradients import Gradient, Implicit
+from tritonimplicit.nn.gradients import Gradient, Implicit, Unrolled
+from tritonimplicit.nn.warm_start import Starts, WarmStart
 from tritonimplicit.torch_internals import transforms_active, untraced
 
 
@@ -23,7 +26,8 @@ class DEQ(nn.Module):
     `layer` is a module, whose parameters are this module's, or a function without any. z0 is where
     the solver starts, zeros like x if it is not given; it has no gradient, so that an earlier z can
     be given as it is. `solver` finds z, by default each sample of a batch for itself; `gradient` is
-    what autograd sees: `Implicit` (the default, exact), `Phantom`, `JFB` or `Unrolled`.
+    what autograd sees: `Implicit` (the default, exact), `SHINE`, `Phantom`, `JFB` or `Unrolled`.
+    `warm_start` remembers the z of each sample, for calls with an `index`: see `WarmStart`.
 
     To autograd, and in all that the layer does to itself (running statistics, power iterations,
     random numbers), a forward pass is one evaluation of the layer, at z: dropout draws one mask,
@@ -44,6 +48,7 @@ class DEQ(nn.Module):
         *,
         solver: FixedPointSolver = Anderson(batch_ndim=1),  # noqa: B008, it is frozen
         gradient: Gradient = Implicit(),  # noqa: B008
+        warm_start: WarmStart | None = None,
     ):
         super().__init__()
         if not callable(layer):
@@ -57,24 +62,47 @@ class DEQ(nn.Module):
             raise TypeError(
                 f"gradient must be one of tritonimplicit.nn, such as Implicit(), not {gradient!r}."
             )
+        if warm_start is not None:
+            _check_warm_start(warm_start, gradient)
         self.layer, self.solver, self.gradient = layer, solver, gradient
+        self.warm_start = warm_start
         self.last = Equilibrium()
 
     @untraced
-    def forward(self, x: Any, *args: Any, z0: TensorTree | None = None) -> TensorTree:
+    def forward(
+        self,
+        x: Any,
+        *args: Any,
+        z0: TensorTree | None = None,
+        index: Tensor | None = None,
+        corrections: Sequence[int] = (),
+    ) -> TensorTree:
         """Return z, shaped as z0.
 
-        Raises ValueError or TypeError if z0 is missing and zeros like x do not fit the layer, and
-        ConvergenceError if the solver is to raise it.
+        `index` (B,) numbers the samples for `warm_start`. With `corrections`, numbers of
+        iterations, the result is a tuple: for each of them f of the iterate that the solver had by
+        then, with the gradient of that one evaluation, and z at the end; for
+        `nn.fixed_point_correction`.
+
+        Raises ValueError or TypeError if z0 is missing and zeros like x do not fit the layer, for
+        an `index` that does not number the samples of z, and ConvergenceError if the solver is to
+        raise it.
         """
+        check_iterations(corrections)
+        if corrections and isinstance(self.gradient, Unrolled):
+            raise ValueError("corrections are of a solver's iterates, which Unrolled has not.")
         start: Any = _zeros_like(x) if z0 is None else optree.tree_map(Tensor.detach, z0)
         leaves = optree.tree_leaves(start)
         f = FixedLayer(self.layer, leaves[0].device if leaves else torch.device("cpu"))
         inputs = (x, *args)
         tensors = f.tensors(inputs)
         self.last = last = Equilibrium(_f=f, _tensors=_detached(tensors))
+        starts = None
+        if index is not None:
+            start, starts = self._starts(index, start)
+        problem = Problem(f, tensors, start, self.solver, last, starts, tuple(corrections))
         try:
-            z = self.gradient.equilibrium(Problem(f, tensors, start, self.solver, last))
+            z = self.gradient.equilibrium(problem)
         except ConvergenceError:
             raise
         except (RuntimeError, ValueError) as error:
@@ -84,8 +112,19 @@ class DEQ(nn.Module):
                 f"the layer does not map zeros like x, of shape {tuple(x.shape)}, to that shape: "
                 f"give the solver a start, deq(x, z0=...). ({error})"
             ) from error
+        if starts is not None and last.forward is not None:
+            starts.keep(last.forward)
+        states = [f(iterate, tensors) for iterate in problem.iterates]
         f.settle(_detached(z), inputs)
-        return z
+        return (*states, z) if states else z
+
+    def _starts(self, index: Tensor, z0: TensorTree) -> tuple[TensorTree, Starts]:
+        if self.warm_start is None:
+            raise ValueError(
+                "index numbers samples for warm starts, which this DEQ has not: "
+                "DEQ(layer, warm_start=WarmStart(number of samples))."
+            )
+        return self.warm_start.starts(index, z0)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave `last` out."""
@@ -93,7 +132,19 @@ class DEQ(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings."""
-        return f"solver={self.solver}, gradient={self.gradient}"
+        warm = "" if self.warm_start is None else f", warm_start={self.warm_start}"
+        return f"solver={self.solver}, gradient={self.gradient}{warm}"
+
+
+def _check_warm_start(warm_start: object, gradient: object) -> None:
+    if not isinstance(warm_start, WarmStart):
+        raise TypeError(f"warm_start must be a tritonimplicit.nn.WarmStart, not {warm_start!r}.")
+    solve = getattr(gradient, "solve", None)
+    if warm_start.adjoint and not isinstance(solve, IterativeSolver):
+        raise TypeError(
+            "WarmStart(adjoint=True) is for a gradient by an iterative solver, such as "
+            f"Implicit(), not {gradient!r}."
+        )
 
 
 def _zeros_like(x: Any) -> Tensor:

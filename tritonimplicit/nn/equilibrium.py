@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import optree
 from torch import Tensor
@@ -11,8 +13,11 @@ from torch import Tensor
 from tritonimplicit.diagnostics import Solution, TensorTree
 from tritonimplicit.diff.implicit.fixed_point import custom_fixed_point
 from tritonimplicit.fixed_point import FixedPointSolver
+from tritonimplicit.fixed_point.base import Map
+from tritonimplicit.fixed_point.iterates import Iterates
 from tritonimplicit.nn.fixed_layer import FixedLayer, LayerTensors
 from tritonimplicit.nn.stability import spectral_radius
+from tritonimplicit.nn.warm_start import Starts
 from tritonimplicit.operators import Solve
 
 
@@ -46,24 +51,46 @@ class Equilibrium:
         self.backward = solution
 
 
+Search: TypeAlias = Callable[[Map, TensorTree], Solution]
+"""(f, z0) -> the Solution of z = f(z)."""
+
+
 @dataclass(frozen=True)
 class Problem:
-    """z = f(z, tensors), to be solved from z0; `last` is told what became of it."""
+    """z = f(z, tensors), to be solved from z0; `last` is told what became of it.
+
+    `starts` are the warm starts of the samples, if there are any. The iterates after the numbers of
+    iterations in `corrections` are put into `iterates`.
+    """
 
     f: FixedLayer
     tensors: LayerTensors
     z0: TensorTree
     solver: FixedPointSolver
     last: Equilibrium
+    starts: Starts | None = None
+    corrections: tuple[int, ...] = ()
+    iterates: list[TensorTree] = field(default_factory=list)
 
-    def root(self, solve: Solve | None = None) -> TensorTree:
-        """Return the fixed point with its implicit gradient, by `solve` of I - J^T."""
+    def root(self, solve: Solve | None = None, search: Search | None = None) -> TensorTree:
+        """Return the fixed point with its implicit gradient, by `solve` of I - J^T.
+
+        `search` finds it, by default the solver.
+        """
         # What the graph holds must hold no tensors: those it gets as arguments.
         f, solver, last = self.f, self.solver, self.last
+        search = solver.solve if search is None else search
+        corrections, iterates = self.corrections, self.iterates
 
         def find(z0: TensorTree, tensors: LayerTensors) -> TensorTree:
-            last.forward = solver.solve_and_report(lambda z: f(z, tensors), z0)
-            return last.forward.value
+            fixed = Iterates(lambda z: f(z, tensors), corrections)
+            solution = search(fixed, z0)
+            # A copy: the caller may change z in place.
+            copied = optree.tree_map(Tensor.clone, solution.value)
+            last.forward = dataclasses.replace(solution, value=copied)
+            iterates.extend(fixed.after(k, copied) for k in corrections)
+            solver.report(solution, told_by="`deq.last.forward`")
+            return solution.value
 
         given: Any = self.tensors
         leaves = optree.tree_leaves(given)

@@ -10,11 +10,14 @@ import optree
 import torch
 from torch import Tensor
 
-from tritonimplicit.diagnostics import TensorTree
+from tritonimplicit.diagnostics import Solution, TensorTree
 from tritonimplicit.diff.implicit.decorator import check_solve
-from tritonimplicit.fixed_point import Picard
-from tritonimplicit.linear_solve import GMRES
+from tritonimplicit.fixed_point import Broyden, Picard
+from tritonimplicit.fixed_point.base import Map
+from tritonimplicit.fixed_point.broyden import InverseJacobian
+from tritonimplicit.linear_solve import GMRES, Neumann
 from tritonimplicit.linear_solve.base import LinearSolver, check_count, check_real
+from tritonimplicit.linear_solve.iterative import IterativeSolver
 from tritonimplicit.linear_solve.observed import Observed
 from tritonimplicit.nn.equilibrium import Problem
 from tritonimplicit.operators import Solve
@@ -50,9 +53,58 @@ class Implicit:
 
     def equilibrium(self, problem: Problem) -> TensorTree:
         """Return the fixed point with its implicit gradient."""
-        if not isinstance(self.solve, LinearSolver):
-            return problem.root(self.solve)
-        return problem.root(Observed(self.solve, problem.last.show_backward))
+        return problem.root(_observed(self.solve, problem))
+
+
+@dataclass(frozen=True)
+class SHINE:
+    """The gradient of the fixed point, by the inverse that a Broyden forward pass has left behind.
+
+    The solver must be `Broyden`, and its `memory` should hold all its iterations: where it begins
+    again, what it knew is lost. Its low-rank inverse of I - J, transposed, is the preconditioner
+    `M` of `solve`, one of the iterative solvers of `linear_solve` that take any matrix. The default
+    takes the inverse at its word, whatever residual is left: one vjp tells it to
+    `deq.last.backward`. For the same vjp, `GMRES(batch_ndim=1, maxiter=1)` brings each answer to
+    the length of least residual. With `GMRES(batch_ndim=1, rtol=1e-3)` the gradient is exact, in
+    fewer vjps. The inverse lives until the backward pass: 2 vectors an iteration. First derivatives
+    in reverse mode.
+
+    Ramzi, Mannel, Bai, Starck, Ciuciu and Moreau, "SHINE: sharing the inverse estimate from the
+    forward pass for bi-level optimization and implicit models", ICLR 2022.
+    """
+
+    solve: IterativeSolver = field(
+        default_factory=lambda: Neumann(batch_ndim=1, maxiter=0, on_failure="ignore")
+    )
+
+    def __post_init__(self) -> None:
+        """Check the field."""
+        if not isinstance(self.solve, IterativeSolver) or self.solve.symmetric:
+            raise TypeError(
+                "solve must be an iterative solver of tritonimplicit.linear_solve that takes a "
+                f"nonsymmetric matrix, such as GMRES(batch_ndim=1), not {self.solve!r}."
+            )
+        if self.solve.M is not None:
+            raise ValueError("solve has an M already, in whose place SHINE puts the inverse.")
+
+    def equilibrium(self, problem: Problem) -> TensorTree:
+        """Return the fixed point with its gradient."""
+        solver = problem.solver
+        if not isinstance(solver, Broyden):
+            raise TypeError(
+                "SHINE takes its inverse from Broyden's method: give the DEQ such a solver, as "
+                f"solver=Broyden(batch_ndim=1, memory=50), not {type(solver).__name__}."
+            )
+        found: list[InverseJacobian] = []
+
+        def search(f: Map, z0: TensorTree) -> Solution:
+            solution, inverse = solver.solve_with_inverse(f, z0)
+            found.append(inverse.T)
+            return solution
+
+        solve = dataclasses.replace(self.solve, M=lambda r: found[0](r))
+        on_leaves = solve.on_leaves(optree.tree_structure(problem.z0))
+        return problem.root(_observed(on_leaves, problem), search)
 
 
 @dataclass(frozen=True)
@@ -115,6 +167,22 @@ class Unrolled:
             at_the_end = dataclasses.replace(problem, z0=z, solver=judge)
             at_the_end.root()
         return z
+
+
+def _observed(solve: Solve, problem: Problem) -> Solve:
+    """`solve`, from the warm starts, telling `deq.last` and the warm starts what became of it."""
+    starts, last = problem.starts, problem.last
+    if not isinstance(solve, LinearSolver):
+        return solve
+    if starts is not None and starts.u is not None:
+        solve = dataclasses.replace(solve, init=starts.u)  # type: ignore[call-arg]
+
+    def show(solution: Solution) -> None:
+        last.show_backward(solution)
+        if starts is not None:
+            starts.keep_adjoint(solution)
+
+    return Observed(solve, show, told_by="`deq.last.backward`")
 
 
 def check_steps(steps: object) -> None:

@@ -43,6 +43,8 @@ class Case:
     start: Callable[[Size, torch.device], Values]
     unfused: Callable[..., tuple[Tensor, ...]]
     results: tuple[str, ...]
+    sizes: tuple[Size, ...] = ()
+    """Where they are not the plan's; those beyond it are left out."""
 
 
 def _normal(size: Size, device: torch.device, *names: str) -> Values:
@@ -97,7 +99,43 @@ def _neumann(size: Size, device: torch.device) -> Values:
     return v | {"alpha": alpha, "rr": _dot(v["b"], v["b"])}
 
 
+def _bicgstab(size: Size, device: torch.device) -> Values:
+    """Begin a solve, p = r^ = r, with a diagonal matrix from 1 to 2."""
+    v = _normal(size, device, "x", "r")
+    r, diagonal = v["r"], _between(1, 2, size, device)
+    rho = _dot(r, r)
+    s = r - rho / _dot(r, diagonal * r) * diagonal * r
+    v |= {"p": r.clone(), "shadow": r.clone(), "v": diagonal * r, "s": s, "t": diagonal * s}
+    return v | {"rho": rho[:, 0], "rr": rho}
+
+
+def _bicgstab_with_dots(size: Size, device: torch.device) -> Values:
+    v = _bicgstab(size, device)
+    (dots,) = unfused.bicgstab_dots(v["shadow"], v["v"])
+    return v | {"shadow_dots": dots.view(3, -1, 1)}
+
+
+def _bicgstab_half_way(size: Size, device: torch.device) -> Values:
+    v = _bicgstab_with_dots(size, device)
+    (dots,) = unfused.bicgstab_half_dots(v["shadow"], v["s"], v["t"])
+    alpha = v.pop("rho") / v["shadow_dots"][0, :, 0]
+    v |= {"r": v["s"], "y": v["p"].clone(), "z": v["s"].clone(), "ss": _dot(v["s"], v["s"])}
+    return v | {"half_dots": dots.view(4, -1, 1), "alpha": alpha}
+
+
+def _dense(size: Size, device: torch.device) -> Values:
+    """Draw matrices with eigenvalues from 1 to 5, or a little more."""
+    v = _normal(Size(size.systems, size.n * size.n), device, "g")
+    g = v["g"].view(size.systems, size.n, size.n) / size.n**0.5
+    rhs = _normal(size, device, "rhs")
+    return rhs | {"a": torch.eye(size.n, device=device, dtype=torch.float64) + g @ g.mT}
+
+
 _XRP = ("x", "r", "p", "rr_out")
+_XRP_RHO = ("x", "r", "p", "rho", "rr_out")
+_SHADOW = ("shadow_dots",)
+_BICGSTAB = ("bicgstab_dots", "bicgstab_half_step", "bicgstab_half_dots", "bicgstab_step")
+_DENSE_SIZES = (Size(1, 128), Size(64, 64), Size(1024, 32))
 
 CASES: Final = (
     Case("cg_dots", ("cg_dots",), 2, _cg, unfused.cg_dots, ("dots",)),
@@ -106,6 +144,25 @@ CASES: Final = (
     Case("pcg_dots", ("pcg_dots",), 3, _pcg, unfused.pcg_dots, ("dots",)),
     Case("pcg_step", ("pcg_step",), 8, _pcg_with_dots, unfused.pcg_step, (*_XRP, "rz_out")),
     Case("pcg", ("pcg_dots", "pcg_step"), 11, _pcg, unfused.pcg, (*_XRP, "rz_out")),
+    Case("bicgstab_dots", ("bicgstab_dots",), 2, _bicgstab, unfused.bicgstab_dots, _SHADOW),
+    Case(
+        *("bicgstab_half_step", ("bicgstab_half_step",), 3, _bicgstab_with_dots),
+        *(unfused.bicgstab_half_step, ("r", "alpha", "ss")),
+    ),
+    Case(
+        *("bicgstab_half_dots", ("bicgstab_half_dots",), 3, _bicgstab),
+        *(unfused.bicgstab_half_dots, ("half_dots",)),
+    ),
+    Case(
+        *("bicgstab_step", ("bicgstab_step",), 8, _bicgstab_half_way),
+        *(unfused.bicgstab_step, _XRP_RHO),
+    ),
+    Case(
+        *("pbicgstab_step", ("pbicgstab_step",), 10, _bicgstab_half_way),
+        *(unfused.pbicgstab_step, _XRP_RHO),
+    ),
+    Case("bicgstab", _BICGSTAB, 16, _bicgstab, unfused.bicgstab, _XRP_RHO),
+    Case("dense_cg", ("dense_cg",), 1, _dense, unfused.dense_cg, ("solution",), _DENSE_SIZES),
     Case("neumann_step", ("neumann_step",), 4, _neumann, unfused.neumann_step, ("x", "rr_out")),
 )
 BY_NAME: Final = {case.name: case for case in CASES}

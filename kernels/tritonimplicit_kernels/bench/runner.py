@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -43,12 +44,12 @@ class Plan:
             return cls((10**4, 10**6), (1, 64), dtypes, 0.1, 20, 10**7)
         return cls(tuple(10**k for k in range(4, 8)), (1, 32, 1024), dtypes, 2.0, 200, 10**8)
 
-    def sizes(self) -> Iterator[tuple[torch.dtype, Size]]:
-        """Yield every dtype and size."""
-        for dtype in self.dtypes:
-            for elements in self.elements:
-                for systems in self.systems:
-                    yield dtype, Size.of(elements, systems)
+    def sizes(self, case: Case) -> Iterator[tuple[torch.dtype, Size]]:
+        """Yield every dtype and size of a case."""
+        sizes = [Size.of(*each) for each in itertools.product(self.elements, self.systems)]
+        if case.sizes:
+            sizes = [size for size in case.sizes if size.systems <= max(self.systems)]
+        yield from itertools.product(self.dtypes, sizes)
 
 
 def copy_bandwidth(plan: Plan, device: torch.device) -> float:
@@ -80,14 +81,12 @@ def measure(
     )
     try:
         trial = Trial(case, size, dtype, device)
-        return _timed(row, trial, device, plan, copied, size.systems * size.n * dtype.itemsize)
+        return _timed(row, trial, device, plan, copied)
     except torch.OutOfMemoryError:
         return replace(row, remark="not enough memory")
 
 
-def _timed(
-    row: Row, trial: Trial, device: torch.device, plan: Plan, copied: float, vector: int
-) -> Row:
+def _timed(row: Row, trial: Trial, device: torch.device, plan: Plan, copied: float) -> Row:
     contenders = {OURS: trial.ours, UNFUSED: trial.unfused}
     errors: dict[str, float] = {}
 
@@ -109,7 +108,8 @@ def _timed(
     if wrong:
         return replace(row, remark=f"wrong answer, not timed: {', '.join(wrong)}")
     times = {name: Times.of(seconds) for name, seconds in taken.items()}
-    bandwidth = row.passes * vector / times[OURS].p50
+    vector = next(iter(trial.arguments.values()))  # or a matrix, which a whole solve reads
+    bandwidth = row.passes * vector.nbytes / times[OURS].p50
     return replace(
         row,
         ours=times[OURS],
@@ -123,6 +123,6 @@ def measure_all(
     cases: Sequence[Case], device: torch.device, plan: Plan, copied: float
 ) -> Iterator[Row]:
     """Yield the rows of all cases and sizes."""
-    for dtype, size in plan.sizes():
-        for case in cases:
+    for case in cases:
+        for dtype, size in plan.sizes(case):
             yield measure(case, size, dtype, device, plan, copied)

@@ -14,9 +14,9 @@ from tritonimplicit_kernels import status
 from tritonimplicit_kernels.backends import backend
 from tritonimplicit_kernels.bench.cases import Case, Size
 from tritonimplicit_kernels.bench.clock import Run, Tensors
-from tritonimplicit_kernels.layout import SHAPES, dtype_of
+from tritonimplicit_kernels.layout import SHAPES, dtype_of, shape_of
 
-_COMMON: Final = {"state": status.RUNNING, "threshold": 0.0, "limit": math.inf}
+_COMMON: Final = {"state": status.RUNNING, "threshold": 0.0, "limit": math.inf, "unit": 1.0}
 NUMBERS: Final = {"maxiter": 1000}
 
 
@@ -32,7 +32,8 @@ class Trial:
         self.tolerance = (32 + size.n**0.5) * torch.finfo(dtype).eps
         self._start = {name: value.to(dtype) for name, value in start.items()}
         self._backend = backend("auto", device, dtype)
-        sizes = {"2": 2, "B": size.systems, "ld": size.n, "P": self._backend.partial_count(size.n)}
+        sizes = {"B": size.systems, "P": self._backend.partial_count(size.n)}
+        sizes |= {"ld": size.n, "n": size.n}
         self.arguments = {
             name: _argument(name, start, sizes, dtype, device)
             for op in case.launches
@@ -122,7 +123,7 @@ def _argument(
     device: torch.device,
 ) -> Tensor:
     """Return an op's tensor: with its start, or a common value, or else poisoned."""
-    shape = [sizes[size] for size in SHAPES[name].split(", ")]
+    shape = shape_of(name, sizes)
     own = dtype_of(name, dtype)
     if name not in start:
         return torch.full(shape, _COMMON.get(name, _poison(own)), dtype=own, device=device)

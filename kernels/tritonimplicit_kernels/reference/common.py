@@ -37,7 +37,7 @@ def all_advance_cg(
     decide = _one if state.shape[1] == 1 else _many
     scales = decide(dots, rr, rz, state, threshold, maxiter, dtype)
     if scales is not None:
-        _go_on(rr, state, state_out, residual_sq)
+        go_on(rr, state, state_out, residual_sq)
     return scales
 
 
@@ -57,11 +57,12 @@ def all_advance_neumann(
     decide = _one_of_series if state.shape[1] == 1 else _many_of_series
     advances = decide(rr, state, threshold, limit, maxiter)
     if advances:
-        _go_on(rr, state, state_out, residual_sq)
+        go_on(rr, state, state_out, residual_sq)
     return advances
 
 
-def _go_on(rr: Tensor, state: Tensor, state_out: Tensor, residual_sq: Tensor) -> None:
+def go_on(rr: Tensor, state: Tensor, state_out: Tensor, residual_sq: Tensor) -> None:
+    """Settle the state of systems that all advance."""
     torch.sum(rr, -1, out=residual_sq)
     torch.add(state, _ONE_ITERATION, out=state_out)
 

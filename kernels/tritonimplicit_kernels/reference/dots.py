@@ -30,13 +30,14 @@ _SHAPES: Final = 16
 
 @dataclass(frozen=True)
 class Scratch:
-    """Room for two widened tiles (R, W), whose rows begin at multiples of 64 bytes.
+    """Room for three widened tiles (R, W), whose rows begin at multiples of 64 bytes.
 
     `vectors` is room for one tile of the vectors' dtype, where `first` is.
     """
 
     first: Tensor
     second: Tensor
+    third: Tensor
     vectors: Tensor
 
 
@@ -45,7 +46,7 @@ class _Room(threading.local):
 
     def __init__(self) -> None:
         with torch.inference_mode(False):
-            self.memory = torch.empty(2 * TILE + 2 * _ALIGNMENT, dtype=torch.float64, device="cpu")
+            self.memory = torch.empty(3 * TILE + 3 * _ALIGNMENT, dtype=torch.float64, device="cpu")
         self.views: dict[tuple[torch.Size, torch.dtype], Scratch] = {}
 
 
@@ -66,11 +67,11 @@ def scratch(tile: Tensor) -> Scratch:
 def _cut(memory: Tensor, tile: Tensor) -> Scratch:
     rows, width = tile.shape
     padded = -(-width // _ALIGNMENT) * _ALIGNMENT
-    if 2 * rows * padded > memory.numel():  # of a width that no tile has
-        memory = memory.new_empty(2 * rows * padded)
-    whole = memory[: 2 * rows * padded].view(2, rows, padded)
-    first, second = whole[:, :, :width]
-    return Scratch(first, second, whole[0].view(tile.dtype)[:, :width])
+    if 3 * rows * padded > memory.numel():  # of a width that no tile has
+        memory = memory.new_empty(3 * rows * padded)
+    whole = memory[: 3 * rows * padded].view(3, rows, padded)
+    first, second, third = whole[:, :, :width]
+    return Scratch(first, second, third, whole[0].view(tile.dtype)[:, :width])
 
 
 def widen(tile: Tensor, room: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ def squares(a: Tensor) -> Tensor:
 def weighted_squares(a: Tensor, weights: Tensor, room: Scratch) -> Tensor:
     """Return the sum of weights a^2 of each row of a widened tile as (R,).
 
-    `weights` is a tile of the vectors' dtype; `a` may be where the second half of `room` is.
+    `weights` is a tile of the vectors' dtype; `a` may be where the second part of `room` is.
     """
     square = torch.mul(a, a, out=room.second)
     return products(widen(weights, room.first), square, room.first)

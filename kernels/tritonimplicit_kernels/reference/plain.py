@@ -1,7 +1,7 @@
 """Every op on whole vectors, masked by `torch.where`: for devices other than the CPU.
 
 Nothing is read by the host, whatever becomes of the systems. It is also the readable form of what
-`cg`, `pcg` and `neumann` do a tile at a time, which have to write the same bits.
+`cg`, `pcg`, `bicgstab` and `neumann` do a tile at a time, which have to write the same bits.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tritonimplicit_kernels.reference.bicgstab_rules import decide_half, decide_step
 from tritonimplicit_kernels.reference.dots import row_dots, row_squares, row_weighted_squares
 from tritonimplicit_kernels.reference.rules import decide_cg, decide_neumann
 
@@ -95,6 +96,97 @@ def neumann_step(
     residual = b - ax
     _write(x, advances, x + residual * alpha.to(x.dtype)[:, None])
     _write_sums(rr_out, advances, row_squares(residual))
+
+
+def bicgstab_dots(shadow: Tensor, v: Tensor, state: Tensor, shadow_dots: Tensor) -> None:
+    """Write r^.v, r^.r^ and v.v of each running system, and zero for a frozen one."""
+    sums = row_dots(shadow, v), row_squares(shadow), row_squares(v)
+    _write_sums(shadow_dots, state[0] < 0, torch.stack(sums))
+
+
+def bicgstab_half_step(
+    r: Tensor,
+    v: Tensor,
+    shadow_dots: Tensor,
+    rho: Tensor,
+    rr: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    limit: Tensor,
+    maxiter: int,
+    alpha: Tensor,
+    ss: Tensor,
+    state_out: Tensor,
+    residual_sq: Tensor,
+) -> None:
+    """Turn r into s for each system that goes on, or stop it."""
+    advances, scale = decide_half(
+        *(shadow_dots, rho, rr, state, threshold, limit),
+        *(maxiter, alpha, state_out, residual_sq, r.dtype),
+    )
+    _write(r, advances, r - v * scale)
+    _write_sums(ss, advances, row_squares(r))
+
+
+def bicgstab_half_dots(
+    shadow: Tensor, s: Tensor, t: Tensor, state: Tensor, half_dots: Tensor
+) -> None:
+    """Write t.s, t.t, r^.s and r^.t of each running system, and zero for a frozen one."""
+    sums = row_dots(t, s), row_squares(t), row_dots(shadow, s), row_dots(shadow, t)
+    _write_sums(half_dots, state[0] < 0, torch.stack(sums))
+
+
+def bicgstab_step(
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    shadow: Tensor,
+    v: Tensor,
+    t: Tensor,
+    shadow_dots: Tensor,
+    ss: Tensor,
+    half_dots: Tensor,
+    alpha: Tensor,
+    unit: Tensor,
+    threshold: Tensor,
+    state: Tensor,
+    rho: Tensor,
+    rr_out: Tensor,
+) -> None:
+    """Finish the iteration of each running system."""
+    scalars = shadow_dots, ss, half_dots, alpha, unit, threshold, state, rho, rr_out
+    pbicgstab_step(x, r, p, shadow, p, r, v, t, *scalars)
+
+
+def pbicgstab_step(
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    shadow: Tensor,
+    y: Tensor,
+    z: Tensor,
+    v: Tensor,
+    t: Tensor,
+    shadow_dots: Tensor,
+    ss: Tensor,
+    half_dots: Tensor,
+    alpha: Tensor,
+    unit: Tensor,
+    threshold: Tensor,
+    state: Tensor,
+    rho: Tensor,
+    rr_out: Tensor,
+) -> None:
+    """Finish the iteration of each running system, with y = M p and z = M s."""
+    runs, fresh, scales = decide_step(
+        shadow_dots, ss, half_dots, alpha, unit, threshold, state, rho, x.dtype
+    )
+    y_scale, z_scale, omega, beta = scales
+    _write(x, runs, x + y * y_scale + z * z_scale)
+    _write(r, runs, r - t * omega)
+    _write(p, runs, torch.where(fresh[:, None], r, r + (p - v * omega) * beta))
+    _write(shadow, fresh, r)
+    _write_sums(rr_out, runs, row_squares(r) * unit * unit)
 
 
 def _write(v: Tensor, rows: Tensor, value: Tensor) -> None:

@@ -30,7 +30,7 @@ def decide_cg(
     rz_b = rr_b if rz is rr else rz.sum(-1)
     eps = torch.finfo(dtype).eps
     code = _cg_code(rr_b, rz_b, pap, apmap, state, threshold, maxiter, eps)
-    advances = _settle(code, rr_b, state, state_out, residual_sq)
+    advances = settle(code, rr_b, state, state_out, residual_sq)
     return advances, *cg_scales(rz_b, pap, apmap, dtype)
 
 
@@ -54,7 +54,7 @@ def decide_neumann(
     """Settle the state; return which systems advance (B,)."""
     rr_b = rr.sum(-1)  # (B,)
     code = _neumann_code(rr_b, state, threshold, limit, maxiter)
-    return _settle(code, rr_b, state, state_out, residual_sq)
+    return settle(code, rr_b, state, state_out, residual_sq)
 
 
 def _cg_code(
@@ -92,10 +92,13 @@ def _neumann_code(
     return code.masked_fill_(~(rr < torch.inf), status.NON_FINITE)
 
 
-def _settle(
+def settle(
     code: Tensor, rr: Tensor, state: Tensor, state_out: Tensor, residual_sq: Tensor
 ) -> Tensor:
-    """Write what the systems have come to; frozen ones (`state[0]` >= 0) keep what they have."""
+    """Write what the systems have come to, and return which advance (B,).
+
+    Frozen ones (`state[0]` >= 0) keep what they have.
+    """
     seen, iterations = state
     runs = seen < 0
     torch.where(runs, rr, residual_sq, out=residual_sq)

@@ -6,8 +6,13 @@ from typing import Final
 
 import triton
 
+from tritonimplicit_kernels.triton.bicgstab_dots import bicgstab_dots
+from tritonimplicit_kernels.triton.bicgstab_half_dots import bicgstab_half_dots
+from tritonimplicit_kernels.triton.bicgstab_half_step import bicgstab_half_step
+from tritonimplicit_kernels.triton.bicgstab_step import bicgstab_step, pbicgstab_step
 from tritonimplicit_kernels.triton.cg_dots import _cg_dots_kernel, cg_dots
 from tritonimplicit_kernels.triton.cg_step import cg_step
+from tritonimplicit_kernels.triton.dense_cg import dense_cg
 from tritonimplicit_kernels.triton.launch import partial_count
 from tritonimplicit_kernels.triton.neumann_step import neumann_step
 from tritonimplicit_kernels.triton.pcg_dots import pcg_dots
@@ -15,11 +20,17 @@ from tritonimplicit_kernels.triton.pcg_step import pcg_step
 
 __all__ = [
     "INTERPRETED",
+    "bicgstab_dots",
+    "bicgstab_half_dots",
+    "bicgstab_half_step",
+    "bicgstab_step",
     "cg_dots",
     "cg_step",
+    "dense_cg",
     "name",
     "neumann_step",
     "partial_count",
+    "pbicgstab_step",
     "pcg_dots",
     "pcg_step",
 ]

@@ -27,17 +27,19 @@ def start(
     args: tuple[Tensor | int | float, ...],
     constexprs: tuple[int, ...],
     num_warps: int,
+    fp_fusion: bool = False,
 ) -> None:
     """Run `kernel(*args, *constexprs)` on the current device, whose index is `device`.
 
-    A kernel's constexpr parameters come last, and it specialises no number (`do_not_specialize`).
+    Without `fp_fusion` it rounds as the reference does, product and sum apart. A kernel's constexpr
+    parameters come last, and it specialises no number (`do_not_specialize`).
     """
-    key = _key(kernel, device, args, constexprs, num_warps)
+    key = _key(kernel, device, args, constexprs, num_warps, fp_fusion)
     form = None if key is None else _forms.get(key)
     if form is not None:
         form[programs, 1, 1](*args, *constexprs)
         return
-    form = start_by_triton(kernel, programs, args, constexprs, num_warps)
+    form = start_by_triton(kernel, programs, args, constexprs, num_warps, fp_fusion)
     if _KEEPS and key is not None and isinstance(form, CompiledKernel):
         _forms[key] = form
 
@@ -48,14 +50,10 @@ def start_by_triton(
     args: tuple[Tensor | int | float, ...],
     constexprs: tuple[int, ...],
     num_warps: int,
+    fp_fusion: bool = False,
 ) -> Any:
     """Do the same as Triton does; return the compiled form, or what stands for it."""
-    return kernel[(programs,)](
-        *args,
-        *constexprs,
-        num_warps=num_warps,
-        enable_fp_fusion=False,  # round as the reference does
-    )
+    return kernel[(programs,)](*args, *constexprs, num_warps=num_warps, enable_fp_fusion=fp_fusion)
 
 
 def _key(
@@ -64,6 +62,7 @@ def _key(
     args: tuple[Tensor | int | float, ...],
     constexprs: tuple[int, ...],
     num_warps: int,
+    fp_fusion: bool,
 ) -> tuple[object, ...] | None:
     """Return all that a form depends on; None where a tensor is not aligned."""
     addresses = 0
@@ -78,4 +77,4 @@ def _key(
             kinds.append(arg.dtype)
     if addresses % _ALIGNMENT:
         return None
-    return (kernel.fn, device, constexprs, num_warps, *kinds)
+    return (kernel.fn, device, constexprs, num_warps, fp_fusion, *kinds)

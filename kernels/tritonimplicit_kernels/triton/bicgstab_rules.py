@@ -1,0 +1,59 @@
+"""What a BiCGSTAB iteration decides for a system, in its first half and in its second."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tritonimplicit_kernels import status
+
+_RUNNING = tl.constexpr(status.RUNNING)
+_CONVERGED = tl.constexpr(status.CONVERGED)
+_MAX_ITERATIONS = tl.constexpr(status.MAX_ITERATIONS)
+_BREAKDOWN = tl.constexpr(status.BREAKDOWN)
+_DIVERGED = tl.constexpr(status.DIVERGED)
+_NON_FINITE = tl.constexpr(status.NON_FINITE)
+_EPS_FP32 = tl.constexpr(2.0**-23)
+_EPS_FP64 = tl.constexpr(2.0**-52)
+_INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def outweighs(dot, square, other_square, dtype: tl.constexpr):
+    """Say whether a.b is more than rounding, given a.a and b.b; not where it is NaN."""
+    eps: tl.constexpr = _EPS_FP32 if dtype == tl.float32 else _EPS_FP64
+    return tl.abs(dot) > tl.sqrt(square) * tl.sqrt(other_square) * eps
+
+
+@triton.jit
+def next_code(rr, vv, lost, iterations, threshold, limit, maxiter):
+    """Say what a running system turns to; the last rule that holds wins.
+
+    `lost`: r^.A p is rounding, and would be with a new shadow residual too.
+    """
+    code = tl.where(lost, _BREAKDOWN, _RUNNING)
+    code = tl.where(rr > limit, _DIVERGED, code)
+    code = tl.where(vv < _INF, code, _NON_FINITE)
+    code = tl.where(iterations >= maxiter, _MAX_ITERATIONS, code)
+    code = tl.where(rr <= threshold, _CONVERGED, code)
+    return tl.where(rr < _INF, code, _NON_FINITE)
+
+
+@triton.jit
+def stabilising(ts, tt, ss, needed, dtype: tl.constexpr):
+    """Return omega, rounded to the vectors' dtype: zero where it is not needed, or t.s is rounding.
+
+    NaN where t is not finite.
+    """
+    useful = needed & outweighs(ts, tt, ss, dtype)
+    omega = tl.where(useful, ts / tl.where(useful, tt, 1.0), 0.0)
+    omega = tl.where(needed & ~(tt < _INF), float("nan"), omega)
+    return omega.to(dtype)
+
+
+@triton.jit
+def next_rho(omega, alpha, shadow_s, shadow_t, shadow_sq, ss, dtype: tl.constexpr):
+    """Return r^.r of the next iteration; zero where it has to begin afresh."""
+    rho = shadow_s - omega.to(tl.float64) * shadow_t
+    goes_on = (alpha != 0) & (omega != 0) & outweighs(rho, shadow_sq, ss, dtype)
+    return tl.where(goes_on, rho, 0.0)
