@@ -27,8 +27,7 @@ CAUSES: tuple[tuple[str, str, str], ...] = (
     ("scaling/batch-4", "", "calls"),
     ("solvers/spd-strakos", "", "calls"),
     ("solvers/indefinite-strakos", "", "calls"),
-    ("hyperparameter/", "", "calls"),
-    ("hypergradient/linear", "", "calls"),
+    ("hyperparameter/", "TorchOpt", "calls"),
 )
 """Beginnings of a case's and of a provider's name, and the cause; the first that fits is told."""
 
