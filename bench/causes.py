@@ -8,8 +8,9 @@ MEANING = {
     "compiled": "XLA compiles all of it: nothing of Python or of torch's dispatcher between the "
     "iterations",
     "LAPACK": "one call of LAPACK for a matrix that is small, and given",
-    "calls": "calls of torch, not arithmetic: the vectors are small, and masks and statuses a "
-    "system, dots in float64, layout, checks and the true residual take calls; see that column",
+    "calls": "calls of torch and the Python around them, not arithmetic: the vectors are small, "
+    "and masks and statuses a system, dots in float64, layout, checks and the true residual take "
+    "calls; see that column",
     "biased": "another gradient, by one vjp or five and no solve: see its cosine",
 }
 """What the words of CAUSES stand for."""
@@ -27,8 +28,7 @@ CAUSES: tuple[tuple[str, str, str], ...] = (
     ("scaling/batch-4", "", "calls"),
     ("solvers/spd-strakos", "", "calls"),
     ("solvers/indefinite-strakos", "", "calls"),
-    ("hyperparameter/", "", "calls"),
-    ("hypergradient/linear", "", "calls"),
+    ("hyperparameter/", "TorchOpt", "calls"),
 )
 """Beginnings of a case's and of a provider's name, and the cause; the first that fits is told."""
 
