@@ -76,6 +76,21 @@ def test_a_kernel_without_a_loop_is_found(target: Any) -> None:
     assert "no main loop" in faults(target, _loopless_kernel, BLOCK=2048, num_warps=8)
 
 
+def test_on_leaves_as_many_loads_are_wide_as_on_rows() -> None:
+    report = check.Report(registers=64, spills=2, bulk_widths=["128", "32", "64"], shared=0)
+    assert report.faults(torch.int64, wide=1) == []  # of spills, the budget says how many
+    (found,) = report.faults(torch.int64, wide=2)
+    assert "has 1 wide main-loop loads, where on rows it has 2" in found
+
+
+def test_a_half_product_costs_the_other_vectors_no_wide_load() -> None:
+    report = check.Report(registers=64, spills=0, bulk_widths=["128", "64"], shared=0)
+    assert report.faults(torch.bfloat16, wide=2) == []
+    assert "wide" in "".join(report.faults(torch.bfloat16, wide=4))
+    report.spills = 2
+    assert report.faults(torch.bfloat16, wide=2) == ["spills (2)"]
+
+
 def test_all_kernels_are_known() -> None:
     assert check.kernel_names() == {f"_{op}_kernel" for op in check.ops.SCHEMAS}
 
