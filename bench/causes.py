@@ -4,27 +4,31 @@ from __future__ import annotations
 
 UNKNOWN = "not looked into yet"
 
-_COMPILED = "compiled by XLA: nothing of Python or of torch's dispatcher between the iterations"
-_DIRECT = "one call of LAPACK for a matrix that is small, and given"
-_CALLS = (
-    "calls, not arithmetic: counted by a dispatch mode, an iteration of our CG or Neumann series "
-    "makes 53 calls of torch (masks and statuses a system, dots in float64), TorchOpt's CG 12; and "
-    "a solve 140 more (layout, checks, the true residual)"
-)
-_BIASED = "another, biased gradient: see its cosine"
+MEANING = {
+    "compiled": "XLA compiles all of it: nothing of Python or of torch's dispatcher between the "
+    "iterations",
+    "LAPACK": "one call of LAPACK for a matrix that is small, and given",
+    "calls": "calls of torch, not arithmetic: the vectors are small, and masks and statuses a "
+    "system, dots in float64, layout, checks and the true residual take calls; see that column",
+    "biased": "another gradient, by one vjp or five and no solve: see its cosine",
+}
+"""What the words of CAUSES stand for."""
 
 CAUSES: tuple[tuple[str, str, str], ...] = (
-    ("", "JAXopt", _COMPILED),
-    ("", "lineax", _COMPILED),
-    ("", "plain torch, torch.linalg.solve", _DIRECT),
-    ("deq/gradients", "torchdeq, default", _BIASED),
-    ("deq/gradients", "torchdeq, phantom", _BIASED),
-    ("deq/training", "torchdeq, default", "one vjp a step, a biased gradient, for our ten or more"),
-    *((f"scaling/{small}", "", _CALLS) for small in ("size-1e3", "size-1e4", "batch-1", "batch-4")),
-    ("solvers/spd-strakos", "", _CALLS),
-    ("solvers/indefinite-strakos", "", _CALLS),
-    ("hyperparameter/", "", _CALLS),
-    ("hypergradient/linear", "", _CALLS),
+    ("", "JAXopt", "compiled"),
+    ("", "lineax", "compiled"),
+    ("", "plain torch, torch.linalg.solve", "LAPACK"),
+    ("deq/gradients", "torchdeq, default", "biased"),
+    ("deq/gradients", "torchdeq, phantom", "biased"),
+    ("deq/training", "torchdeq, default", "biased"),
+    ("scaling/size-1e3", "", "calls"),
+    ("scaling/size-1e4", "", "calls"),
+    ("scaling/batch-1", "", "calls"),
+    ("scaling/batch-4", "", "calls"),
+    ("solvers/spd-strakos", "", "calls"),
+    ("solvers/indefinite-strakos", "", "calls"),
+    ("hyperparameter/", "", "calls"),
+    ("hypergradient/linear", "", "calls"),
 )
 """Beginnings of a case's and of a provider's name, and the cause; the first that fits is told."""
 

@@ -12,21 +12,26 @@ BEGIN, END = "<!-- benchmarks: written by `python -m bench report` -->", "<!-- /
 
 
 def write(report: Report, source: Path, root: Path) -> list[Path]:
-    """The files that were written, below `root`; pictures only where matplotlib is installed."""
+    """The files that were written, below `root`; pictures only where matplotlib is installed.
+
+    Those of another device than the CPU have its name, and the README's table is the CPU's.
+    """
+    device = report.environment["device"]
+    suffix = "" if device == "cpu" else f"-{device}"
     written, images = [], root / "docs" / "images"
     plots: list[str] = []
     if find_spec("matplotlib"):
         from bench.plots import draw
 
-        plots = draw(report, images)
+        plots = draw(report, images, suffix)
         written += [images / plot for plot in plots]
-    page = root / "docs" / "benchmarks.md"
+    page = root / "docs" / f"benchmarks{suffix}.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     beside = [f"images/{plot}" for plot in plots]
     page.write_text(markdown.page(report, f"bench/results/{source.name}", beside), "utf-8")
     written.append(page)
     readme = root / "README.md"
-    if readme.exists():
+    if readme.exists() and not suffix:
         text = readme.read_text("utf-8")
         readme.write_text(with_table(text, markdown.short_table(report)), "utf-8")
         written.append(readme)

@@ -40,7 +40,9 @@ class StepInPlace(KernelStep):
         super().__init__(start)
         layout = Layout.of(leaves)
         self._leaves = [leaf[None] for leaf in leaves]
-        self._tables = kernels.LeafTables(layout.starts, layout.sizes, layout.ld, layout.device)
+        self._tables = kernels.LeafTables(
+            layout.starts, layout.sizes, layout.ld, layout.dtype, layout.device
+        )
 
     def product(self) -> Tensor:
         return self._tables.table(self._leaves)

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.case import OURS
-from bench.causes import cause
+from bench.causes import MEANING, cause
 from bench.registry import ABOUT
 from bench.results import CaseResult, Report, Row
 from bench.tables import duration, figures_of, spread
 
 Cells = Sequence[str]
+
+BRIEF = "**A brief run: some of the cases, smaller problems.**"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ def page(report: Report, source: str, plots: Sequence[str]) -> str:
         "# Benchmarks",
         f"Written by `python -m bench report` from `{source}`: change nothing here. How to run it "
         "and how an answer is judged is in [bench/README.md](../bench/README.md).",
+        "**A brief run: some of the cases, smaller problems.**"
+        if report.environment["quick"]
+        else "",
         _machine(report),
         "ours/peer is the time of the row named `tritonimplicit` over that of the row at hand: "
         "below 1 we are faster, and it is **bold where we lose**. A wrong answer, or one that does "
@@ -120,12 +125,27 @@ def _losses(report: Report) -> str:
         (case.name, row.provider, _ratio(row), cause(case.name, row.provider))
         for case, row in losses(report)
     ]
-    return table(("case", "peer", "ours/peer", "cause"), rows) if rows else ""
+    if not rows:
+        return ""
+    words = dict.fromkeys(row[-1] for row in rows if row[-1] in MEANING)
+    legend = [f"- {word}: {MEANING[word]}" for word in words]
+    return "\n".join([table(("case", "peer", "ours/peer", "cause"), rows), "", *legend])
 
 
 def _case(case: CaseResult) -> list[str]:
     figures = figures_of(case)
-    columns = ("", "error", *figures, "median", "p20 – p80", "ours/peer", "products", "peak", "")
+    columns = (
+        "",
+        "error",
+        *figures,
+        "median",
+        "p20 – p80",
+        "ours/peer",
+        "products",
+        "calls",
+        "peak",
+        "",
+    )
     rows = [
         (
             row.provider,
@@ -135,6 +155,7 @@ def _case(case: CaseResult) -> list[str]:
             spread(row),
             _ratio(row),
             "" if row.matvecs is None else str(row.matvecs),
+            "" if row.calls is None else str(row.calls),
             "" if row.peak is None else f"{row.peak:.2f} {case.peak_unit}",
             row.remark,
         )

@@ -1,4 +1,4 @@
-"""Peak memory of one call, beyond what was there before it."""
+"""Peak memory of one run, beyond what was there before it, and the ops that it is made of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from bench.case import Run
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
-    """Most bytes of tensors alive at a time that `run` made, its answer among them.
+    """Most bytes of tensors alive at a time that `run` made, its answer among them."""
+    return peak_and_calls(run, device)[0]
+
+
+def peak_and_calls(run: Run, device: torch.device) -> tuple[int, int | None]:
+    """The peak, and how many ops torch dispatched: None on CUDA, where nothing is traced.
 
     On CUDA that is the allocator's count; on a CPU the storages alive after each op that torch
     dispatches, so that what a single op allocates and frees inside itself is not seen.
@@ -24,14 +29,14 @@ def peak_bytes(run: Run, device: torch.device) -> int:
         live = _LiveStorages()
         with live:
             run()
-        return live.peak
+        return live.peak, live.calls
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before: int = torch.cuda.memory_allocated(device)
     run()
     torch.cuda.synchronize(device)
     peak: int = torch.cuda.max_memory_allocated(device)
-    return peak - before
+    return peak - before, None
 
 
 class _LiveStorages(TorchDispatchMode):
@@ -39,7 +44,7 @@ class _LiveStorages(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
+        self.peak = self.calls = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
         self._older: dict[int, StorageWeakRef] = {}
 
@@ -47,6 +52,7 @@ class _LiveStorages(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.calls += 1
         for storage in _storages((args, kwargs)):
             key, reference = storage._cdata, StorageWeakRef(storage)
             if not _holds(self._live.get(key)):

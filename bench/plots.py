@@ -11,11 +11,22 @@ from typing import Any
 from bench.case import OURS
 from bench.results import CaseResult, Report
 
+COLOURS = {
+    OURS: "C0",
+    "TorchOpt": "C1",
+    "linear_operator": "C2",
+    "JAXopt": "C3",
+    "hypertorch": "C4",
+    "plain torch": "C7",
+}
+STYLES = {"Neumann": "--", "fixed point": "--", "unrolled": ":"}
+"""Of what a provider does, where it does several things."""
+
 Lines = dict[str, list[tuple[float, float]]]
 """Points (x, y) of each provider."""
 
 
-def draw(report: Report, folder: Path) -> list[str]:
+def draw(report: Report, folder: Path, suffix: str) -> list[str]:
     """Write a file for each picture that the results suffice for; returns their names."""
     from matplotlib.figure import Figure
 
@@ -29,8 +40,8 @@ def draw(report: Report, folder: Path) -> list[str]:
             fill(axes)
             axes.spines[["top", "right"]].set_visible(False)
         folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / name, dpi=100)
-        drawn.append(name)
+        drawn.append(f"{name}{suffix}.png")
+        figure.savefig(folder / drawn[-1], dpi=100)
     return drawn
 
 
@@ -77,7 +88,9 @@ def _lines(lines: Lines, title: str, x: str, y: str, log_x: bool = True) -> Pane
         for provider, points in lines.items():
             width = 2.5 if provider == OURS else 1.2
             xs, ys = zip(*sorted(points), strict=True)
-            axes.plot(xs, ys, marker=".", label=provider, linewidth=width)
+            colour = COLOURS.get(provider.split(",")[0])
+            style = STYLES.get(provider.partition(", ")[2], "-")
+            axes.plot(xs, ys, style, marker=".", color=colour, label=provider, linewidth=width)
         axes.set(title=title, xlabel=x, ylabel=y, yscale="log")
         if log_x:
             axes.set_xscale("log")
@@ -91,7 +104,7 @@ def _equilibria(report: Report) -> Iterator[Panel]:
     for model in ("conv", "multiscale", "lm"):
         case = cases.get(f"deq/backward-{model}-1e-3-worst")
         if case is not None:
-            yield _bars(case, f"{model}, backward to 1e-3, worst sample")
+            yield _bars(case, f"{model}: backward to 1e-3")
 
 
 def _bars(case: CaseResult, title: str) -> Panel:
@@ -112,7 +125,7 @@ def _bars(case: CaseResult, title: str) -> Panel:
 
 
 PICTURES: dict[str, Callable[[Report], Iterator[Panel]]] = {
-    "bench-deq.png": _equilibria,
-    "bench-scaling.png": _growth,
-    "bench-hyperparameter.png": _by_iteration,
+    "bench-deq": _equilibria,
+    "bench-scaling": _growth,
+    "bench-hyperparameter": _by_iteration,
 }

@@ -14,7 +14,8 @@ class Row:
     """One provider on one problem; None where there is nothing to say, `remark` then says why.
 
     Seconds are of one unit of work: the median, and the 20th and 80th percentile. `relative` is the
-    median over ours; `peak` is in vectors where the problem has such a unit, else in MiB. `figures`
+    median over ours; `peak` is in vectors where the problem has such a unit, else in MiB;
+    `calls` are the ops that torch dispatches in a run. `figures`
     is what a case tells besides.
     """
 
@@ -27,6 +28,7 @@ class Row:
     rounds: int = 0
     matvecs: int | None = None
     peak: float | None = None
+    calls: int | None = None
     remark: str = ""
     figures: dict[str, float] = field(default_factory=dict)
 

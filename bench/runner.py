@@ -28,13 +28,14 @@ from bench.case import (
     Tensors,
 )
 from bench.clock import timed
-from bench.peak import peak_bytes
+from bench.peak import peak_and_calls
 from bench.results import CaseResult, Row
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
 SECONDS_PER_CASE = 5.0
 """Rounds beyond the least are done as long as a case takes no longer."""
 MIB = 2**20
+WRONG, NOT_REACHED = "wrong answer", "not reached"
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,11 @@ def _admit(entry: Entry | Absent, problem: Problem, setting: Setting) -> _Conten
             return row
         seconds, answer = timed(entry.prepare(), setting.device)
         del answer
-        peak = _peak(entry, problem, setting)
+        peak, calls = _peak(entry, problem, setting)
         matvecs = entry.matvecs() if entry.matvecs else None
     except Exception as error:  # a provider that fails is a row of the table, not its end
         return Row(entry.provider, remark=f"failed: {type(error).__name__}: {error}"[:200])
-    return _Contender(entry, replace(row, peak=peak, matvecs=matvecs), seconds)
+    return _Contender(entry, replace(row, peak=peak, calls=calls, matvecs=matvecs), seconds)
 
 
 def checked(entry: Entry, answer: Tensors, problem: Problem) -> Row:
@@ -114,7 +115,7 @@ def checked(entry: Entry, answer: Tensors, problem: Problem) -> Row:
     expected = problem.expected if entry.expected is None else entry.expected
     error = problem.error(answer) if problem.error else relative_error(answer, expected)
     right = error <= (entry.tolerance or problem.tolerance)  # False for NaN
-    wrong = "not reached" if problem.compares == SAME_RESIDUAL else "wrong answer"
+    wrong = NOT_REACHED if problem.compares == SAME_RESIDUAL else WRONG
     return Row(
         entry.provider,
         error=error,
@@ -123,10 +124,11 @@ def checked(entry: Entry, answer: Tensors, problem: Problem) -> Row:
     )
 
 
-def _peak(entry: Entry, problem: Problem, setting: Setting) -> float | None:
+def _peak(entry: Entry, problem: Problem, setting: Setting) -> tuple[float | None, int | None]:
     if not entry.in_torch:
-        return None
-    return peak_bytes(entry.prepare(), setting.device) / (problem.vector_bytes or MIB)
+        return None, None
+    peak, calls = peak_and_calls(entry.prepare(), setting.device)
+    return peak / (problem.vector_bytes or MIB), calls
 
 
 def _race(contenders: Sequence[_Contender], problem: Problem, setting: Setting) -> Iterator[Row]:

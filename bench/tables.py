@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from bench.results import CaseResult, Report, Row
 
 BEFORE = ("provider", "error")
-AFTER = ("median", "p20 – p80", "× ours", "matvecs", "peak", "remark")
+AFTER = ("median", "p20 – p80", "× ours", "matvecs", "calls", "peak", "remark")
 
 _FILE_WIDTH = 180
 
@@ -82,6 +82,7 @@ def _cells(row: Row, figures: tuple[str, ...], peak_unit: str) -> tuple[str, ...
         spread(row),
         "" if row.relative is None else f"{row.relative:.2f}",
         "" if row.matvecs is None else str(row.matvecs),
+        "" if row.calls is None else str(row.calls),
         "" if row.peak is None else f"{row.peak:.2f} {peak_unit}",
         row.remark,
     )

@@ -39,8 +39,8 @@ def find(word):
     return block
 
 
-def test_there_are_three():
-    assert len(BLOCKS) == 3
+def test_there_are_four():
+    assert len(BLOCKS) == 4
 
 
 def test_the_deep_equilibrium_model_has_the_gradient_of_its_unrolled_iteration():
@@ -67,6 +67,17 @@ def test_the_imaml_hypergradient_is_that_of_the_inner_problem_in_closed_form():
     # The solve's tolerance is 1e-5, relative, in fp32; the matrix's condition number is below 10.
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert y.shape == (20, 1)
+
+
+def test_the_gradient_of_the_penalties_is_that_of_the_fit_in_closed_form():
+    names, _ = run(find("ridge"))
+    x, y, x_val, y_val = (names[name].double() for name in ("x", "y", "x_val", "y_val"))
+    log_a = torch.zeros(8, dtype=torch.float64, requires_grad=True)
+    w = torch.linalg.solve(x.T @ x + log_a.exp().diag(), x.T @ y)
+    (x_val @ w - y_val).square().mean().backward()
+    # The solve's tolerance is 1e-5, relative, in fp32; the matrix's condition number is below 10.
+    error = (names["log_a"].grad.double() - log_a.grad).norm()
+    assert error <= 1e-4 * log_a.grad.norm()
 
 
 def test_the_solver_prints_what_its_comment_says():

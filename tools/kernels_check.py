@@ -252,7 +252,7 @@ def compile_all() -> tuple[Usage, list[str]]:
     """Compile and print everything; return what the kernels use, and what is wrong with them."""
     used: Usage = {}
     faults = []
-    print(f"{'kernel':22}{'dtype':18}{'target':9}{'registers':>9}{'spills':>8}", end="")
+    print(f"{'kernel':28}{'dtype':18}{'target':9}{'registers':>9}{'spills':>8}", end="")
     print(f"{'128-bit bulk loads':>20}{'shared bytes':>14}")
     for target in TARGETS:
         name = target.arch if target.backend == "hip" else f"sm_{target.arch}"
@@ -272,7 +272,7 @@ def compile_all() -> tuple[Usage, list[str]]:
                 kind = f"{str(dtype)[6:]}{form}"
                 used[name][f"{kernel.strip('_')} {kind}"] = r.usage
                 share = f"{r.wide} of {len(r.bulk_widths)}"
-                row = f"{kernel.strip('_'):22}{kind:18}{name:9}{r.registers:>9}"
+                row = f"{kernel.strip('_'):28}{kind:18}{name:9}{r.registers:>9}"
                 print(f"{row}{r.spills:>8}{share:>20}{r.shared:>14}")
                 found = r.faults(product, wide[kernel], kernel in RESIDENT)
                 faults += [f"{kernel} in {kind} for {name} {fault}" for fault in found]

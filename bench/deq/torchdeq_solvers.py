@@ -66,7 +66,12 @@ def default_backward(make: Callable[[], Map], start: Tensor) -> Entry | Absent:
         f = make()
         return lambda: (solve(f, start, **DEFAULT)[0],)
 
-    return Entry(label, prepare)
+    def matvecs() -> int:
+        counted = Counted(make())
+        solve(counted, start, **DEFAULT)
+        return counted.calls
+
+    return Entry(label, prepare, matvecs)
 
 
 def _entry(

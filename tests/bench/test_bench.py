@@ -28,7 +28,7 @@ from bench.imaml import entries, root_backward
 from bench.libraries import PEERS, library
 from bench.memory import Diagonal
 from bench.networks import NETWORKS
-from bench.peak import peak_bytes
+from bench.peak import peak_and_calls, peak_bytes
 from bench.registry import CASES, select
 from bench.results import Report
 from bench.runner import measure, relative_error
@@ -254,6 +254,11 @@ def a_solve():
 
 def test_peak_of_a_known_case():
     assert peak_bytes(three_at_most, CPU) == 3 * 4 * N
+
+
+def test_calls_of_a_known_case():
+    # ones, ones + 1, a * b, add_, slice, view, * 2.
+    assert peak_and_calls(three_at_most, CPU) == (3 * 4 * N, 7)
 
 
 def test_peak_leaves_out_what_was_there():

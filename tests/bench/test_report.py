@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from bench import causes, document, markdown
-from bench.__main__ import RESULTS, main
+from bench.__main__ import RESULTS, _ours_is_right, main
 from bench.case import OURS, Setting
 from bench.machine import environment
 from bench.registry import CASES
 from bench.results import CaseResult, Report, Row
+
+KNOWN = causes.CAUSES
 
 
 @pytest.fixture
@@ -61,12 +63,14 @@ def test_a_ratio_is_bold_where_we_lose(report):
 
 
 def test_losses_are_listed_with_their_cause(report, monkeypatch):
-    monkeypatch.setattr(causes, "CAUSES", (("deq/backward", "torchdeq", "because"),))
+    monkeypatch.setattr(causes, "CAUSES", (("deq/backward", "torchdeq", "calls"),))
     page = markdown.page(report, "results.json", [])
     losses = page.split("## Where we lose")[1].split("## hypergradient")[0]
-    assert "| deq/backward-lm-1e-3-worst | torchdeq, Broyden | **2.00** | because |" in losses
+    assert "| deq/backward-lm-1e-3-worst | torchdeq, Broyden | **2.00** | calls |" in losses
+    assert f"- calls: {causes.MEANING['calls']}" in losses
     assert "BiCGSTAB" not in losses
     assert causes.UNKNOWN in losses  # scaling's
+    assert all(why in causes.MEANING for _, _, why in KNOWN)
     assert "mlp-cg" not in losses
 
 
@@ -102,6 +106,42 @@ def test_the_report_is_written(report, tmp_path):
     assert "bench-hyperparameter" not in page  # there is nothing to draw
     assert main(["report", str(file), "--root", str(root)]) == 0
     assert readme.read_text() == text
+
+
+def test_each_device_has_its_page(report, tmp_path):
+    def stored(device, quick, date):
+        facts = {**report.environment, "device": device, "quick": quick, "date": date}
+        return str(Report(facts, report.cases).save(tmp_path))
+
+    files = [
+        stored("cpu", False, "2026-01-01"),
+        stored("cpu", True, "2026-01-02"),
+        stored("cuda", True, "2026-01-03"),
+        stored("cuda", True, "2026-01-04"),
+    ]
+    assert main(["report", *files, "--root", str(tmp_path)]) == 0
+    on_cpu, on_cuda = ((tmp_path / "docs" / f"benchmarks{s}.md").read_text() for s in ("", "-cuda"))
+    assert "2026-01-01" in on_cpu
+    assert "2026-01-04" in on_cuda
+    assert "brief run" in on_cuda
+    assert "brief run" not in on_cpu
+    assert "images/bench-deq-cuda.png" in on_cuda
+
+
+@pytest.mark.parametrize(
+    ("provider", "remark", "right"),
+    [
+        (OURS, "", True),
+        (OURS, "not reached: not timed", False),
+        (f"{OURS}, Neumann", "not reached: not timed", True),
+        (f"{OURS}, Neumann", "wrong answer: not timed", False),
+        (f"{OURS}, Neumann", "failed: ValueError", False),
+        ("TorchOpt", "wrong answer: not timed", True),
+    ],
+)
+def test_the_exit_status_is_of_wrong_answers_of_ours(provider, remark, right):
+    case = CaseResult("a/test", "", 0.1, "MiB", [Row(OURS), Row(provider, remark=remark)])
+    assert _ours_is_right(case) is right
 
 
 def test_a_readme_without_marks_is_an_error(report):

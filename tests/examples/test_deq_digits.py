@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,26 +12,12 @@ import torch
 from tritonimplicit import ConvergenceError
 from tritonimplicit.nn import Implicit
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "deq_digits.py"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture(scope="module")
-def demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("deq_digits", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in `main`, which also sets it, for the process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def demo(example: Callable[[str], ModuleType]) -> ModuleType:
+    return example("deq_digits")
 
 
 def test_short_run_learns_with_the_right_gradient(

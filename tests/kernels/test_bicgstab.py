@@ -55,6 +55,21 @@ def test_a_step_is_the_oracles(
     assert not any(getattr(done, name).isnan().any() for name in RESULTS)
 
 
+@every_form
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fresh_start_takes_its_residual_for_shadow_residual(
+    target: Target, make: type, dtype: torch.dtype
+) -> None:
+    step: BiCGSTAB = make(3, 1000, dtype, 2)
+    step.shadow = step.r.clone()
+    step.rho = row_dots(step.r, step.r)
+    expected = oracle(step)
+    step.rho.zero_()
+    done = target.run(step)
+    for name, close in expected.items():
+        close.check(getattr(done, name).sum(1) if name in SUMS else getattr(done, name))
+
+
 CASES = {
     "goes on": status.RUNNING,
     "goes on afresh": status.RUNNING,
@@ -167,13 +182,15 @@ def test_where_a_denominator_is_lost_it_begins_afresh(
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @every_form
-def test_a_second_product_that_is_not_finite_shows_in_the_residual(
+def test_a_second_product_that_is_not_finite_shows_in_x_and_the_residual(
     target: Target, make: type, bad: float
 ) -> None:
     step: BiCGSTAB = make(3, 20, torch.float32)
     step.diagonal[1, 3] = bad
     done = target.run(step)
     assert done.rr_out.sum(1).isfinite().tolist() == [True, False, True]
+    assert done.x.isfinite().all(1).tolist() == [True, False, True]
+    assert not done.x[1].isfinite().any()
     assert_same_bits(target.run(step.select([0, 2])), done.select([0, 2]))
 
 
@@ -234,7 +251,8 @@ def test_given_the_same_dots_the_vectors_are_the_references(
     triton_target: Target, make: type, batch: int, n: int, dtype: torch.dtype
 ) -> None:
     expected: BiCGSTAB = make(batch, n, dtype)
-    expected.v[0] = 0  # one that begins afresh
+    expected.v[0] = 0  # will begin afresh
+    expected.rho[1:2] = 0  # begins afresh
     done = expected.to(triton_target.device)
     runs = (expected, reference), (done, triton_target.backend)
     for op in ("dots", "half_step", "half_dots", "step"):

@@ -48,11 +48,11 @@ def _loopless_kernel(x_ptr, sum_ptr, n16, BLOCK: tl.constexpr):
     tl.store(sum_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, BLOCK)), axis=0))
 
 
-def faults(target: Any, kernel: Any, **options: int) -> str:
+def faults(target: Any, kernel: Any, resident: bool = False, **options: int) -> str:
     with check.compiling_only(target) as compiled:
         kernel[(1,)](torch.zeros(16), torch.zeros(1), 100, enable_fp_fusion=False, **options)
     (binary,) = compiled.values()
-    return "; ".join(check.report(target, binary).faults())
+    return "; ".join(check.report(target, binary).faults(resident=resident))
 
 
 @TARGETS
@@ -74,6 +74,12 @@ def test_spills_are_found(target: Any) -> None:
 @TARGETS
 def test_a_kernel_without_a_loop_is_found(target: Any) -> None:
     assert "no main loop" in faults(target, _loopless_kernel, BLOCK=2048, num_warps=8)
+
+
+@TARGETS
+def test_a_whole_solve_that_loads_in_a_loop_is_found(target: Any) -> None:
+    assert faults(target, _wide_kernel, True, BLOCK=2048, num_warps=8) == "loads in a loop"
+    assert faults(target, _loopless_kernel, True, BLOCK=2048, num_warps=8) == ""
 
 
 def test_on_leaves_as_many_loads_are_wide_as_on_rows() -> None:

@@ -13,6 +13,7 @@ import optree
 import torch
 from torch import Tensor
 
+import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import (
     ON_FAILURE,
     Solution,
@@ -143,10 +144,11 @@ class FixedPointSolver(abc.ABC):
         layout = Layout.of(z0, self.batch_ndim, "z0")
         _refuse_transforms(z0)
         with torch.no_grad():
-            rows = RowMatvec(_plain(f), layout, name="f")
+            rows = _Evaluations(_plain(f), layout, name="f")
             iteration = self._iteration(rows, layout.flatten(z0, "z0"))
             iterate(self, iteration, self.maxiter)
-            solution = self._solution(iteration, layout)
+            assert rows.image is not None  # an iteration begins with an evaluation
+            solution = self._solution(iteration, layout, rows.image)
         record(solution)
         return solution, iteration
 
@@ -154,7 +156,8 @@ class FixedPointSolver(abc.ABC):
     def _iteration(self, f: RowMatvec, z: Tensor) -> Iteration:
         """The method at z (B, ld)."""
 
-    def _solution(self, iteration: Iteration, layout: Layout) -> Solution:
+    def _solution(self, iteration: Iteration, layout: Layout, image: Tensor) -> Solution:
+        """What became of it; `image` is f of the last z."""
         progress = iteration.progress
         progress.settle()
         status, iterations = progress.state
@@ -163,11 +166,12 @@ class FixedPointSolver(abc.ABC):
         status = status.masked_fill(failed & ~never, codes.DIVERGED)
         z = torch.where(converged[:, None], iteration.z, iteration.best)
         norm = torch.where(converged, progress.residual_sq.sqrt(), iteration.best_norm)
-        # Those that had stopped were evaluated to the end, beside the others. Twice the tolerance,
+        # f has evaluated those that had stopped to the end, beside the others. Twice the tolerance,
         # because f need not be bitwise repeatable.
-        unfounded = converged & ~(iteration.norm <= 2 * iteration.tolerance)
+        beside = kernels.row_norms(image - iteration.z)
+        unfounded = converged & ~(beside <= 2 * progress.threshold.sqrt())
         status = status.masked_fill(unfounded, codes.STAGNATED)
-        norm = torch.where(unfounded, iteration.norm, norm)
+        norm = torch.where(unfounded, beside, norm)
         history = progress.history
         return Solution(
             value=optree.tree_map(
@@ -179,6 +183,17 @@ class FixedPointSolver(abc.ABC):
             solver=type(self).__name__,
             history=None if history is None else history.view(-1, *layout.batch_shape),
         )
+
+
+class _Evaluations(RowMatvec):
+    """f on rows, which keeps its last image."""
+
+    image: Tensor | None = None
+
+    def __call__(self, v: Tensor) -> Tensor:
+        self.image = None  # not beside the next one
+        self.image = image = super().__call__(v)
+        return image
 
 
 def _plain(f: Map) -> Map:

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 class Iteration(abc.ABC):
     """z (B, ld) and residual f(z) - z; `best` has had the least residual norm, `best_norm` (B,).
 
-    `norm` and `tolerance` (B,) are those of the last evaluation, of frozen samples too. A step
-    costs one evaluation of f, and every residual is the true one of its z. The vectors of a frozen
-    sample other than z may turn to anything.
+    A step costs one evaluation of f, and every residual is the true one of its z. The vectors of a
+    frozen sample other than z may turn to anything.
     """
 
     def __init__(self, solver: FixedPointSolver, f: RowMatvec, z: Tensor):
@@ -60,9 +59,8 @@ class Iteration(abc.ABC):
         image = self._f(self.z)
         self.residual = image - self.z
         relative = max(self._solver.rtol, self._eps)
-        self.tolerance = (relative * kernels.row_norms(image)).clamp(min=self._solver.atol)
-        self.norm = kernels.row_norms(self.residual)
-        return self.norm, self.tolerance
+        tolerance = (relative * kernels.row_norms(image)).clamp(min=self._solver.atol)
+        return kernels.row_norms(self.residual), tolerance
 
     def _rounded(self, z: Tensor) -> Tensor:
         """z as f sees it, so that the residual is that of the value that is returned."""

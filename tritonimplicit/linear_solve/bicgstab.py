@@ -129,6 +129,7 @@ class _Twice:
     def first(self, v: Tensor) -> Tensor:
         self._result = result = self._fn(v)
         if not self._copies:
+            self._copy = None
             return result
         if self._copy is None:
             self._copy = torch.empty_like(result)
@@ -136,9 +137,9 @@ class _Twice:
 
     def second(self, v: Tensor) -> Tensor:
         result = self._second_fn(v)
-        assert self._result is not None
-        if self._copies and not share_memory(self._result, result):
-            self._copies, self._copy = False, None
+        if self._copies and self._result is not None:
+            self._copies = share_memory(self._result, result)
+        self._result = None
         return result
 
 
