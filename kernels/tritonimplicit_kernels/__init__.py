@@ -10,6 +10,10 @@ from tritonimplicit_kernels import status
 from tritonimplicit_kernels.backends import BACKENDS, Backend, backend, partial_count
 from tritonimplicit_kernels.leaves import LeafTables, readable
 from tritonimplicit_kernels.ops import (
+    anderson_dots,
+    anderson_mix,
+    arnoldi_project,
+    arnoldi_step,
     bicgstab_dots,
     bicgstab_half_dots,
     bicgstab_half_step,
@@ -17,6 +21,7 @@ from tritonimplicit_kernels.ops import (
     cg_dots,
     cg_step,
     dense_cg,
+    multi_dot,
     neumann_step,
     pbicgstab_step,
     pcg_dots,
@@ -28,6 +33,10 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "LeafTables",
+    "anderson_dots",
+    "anderson_mix",
+    "arnoldi_project",
+    "arnoldi_step",
     "backend",
     "bicgstab_dots",
     "bicgstab_half_dots",
@@ -36,6 +45,7 @@ __all__ = [
     "cg_dots",
     "cg_step",
     "dense_cg",
+    "multi_dot",
     "neumann_step",
     "partial_count",
     "pbicgstab_step",

@@ -191,6 +191,86 @@ class Backend(Protocol):
         """Do `tritonimplicit_kernels.neumann_step`, unchecked."""
         ...
 
+    def multi_dot(
+        self,
+        v: Tensor,
+        basis: Tensor,
+        count: int,
+        state: Tensor,
+        products: Tensor,
+    ) -> None:
+        """Do `tritonimplicit_kernels.multi_dot`, unchecked."""
+        ...
+
+    def arnoldi_project(
+        self,
+        w: Tensor,
+        basis: Tensor,
+        count: int,
+        first: Tensor,
+        state: Tensor,
+        w_out: Tensor,
+        second: Tensor,
+        ww: Tensor,
+    ) -> None:
+        """Do `tritonimplicit_kernels.arnoldi_project`, unchecked."""
+        ...
+
+    def arnoldi_step(
+        self,
+        w: Tensor,
+        basis: Tensor,
+        count: int,
+        first: Tensor,
+        second: Tensor,
+        ww: Tensor,
+        left: Tensor,
+        column: Tensor,
+        norm: Tensor,
+        rr: Tensor,
+        state: Tensor,
+        threshold: Tensor,
+        maxiter: int,
+        rr_out: Tensor,
+        state_out: Tensor,
+        residual_sq: Tensor,
+    ) -> None:
+        """Do `tritonimplicit_kernels.arnoldi_step`, unchecked."""
+        ...
+
+    def anderson_dots(
+        self,
+        image: Tensor,
+        z: Tensor,
+        z_before: Tensor,
+        residual: Tensor,
+        residuals: Tensor,
+        moves: Tensor,
+        slot: int,
+        count: int,
+        beta: float,
+        state: Tensor,
+        row: Tensor,
+        products: Tensor,
+        squares: Tensor,
+    ) -> None:
+        """Do `tritonimplicit_kernels.anderson_dots`, unchecked."""
+        ...
+
+    def anderson_mix(
+        self,
+        z: Tensor,
+        residual: Tensor,
+        moves: Tensor,
+        coefficients: Tensor,
+        count: int,
+        beta: float,
+        state: Tensor,
+        z_out: Tensor,
+    ) -> None:
+        """Do `tritonimplicit_kernels.anderson_mix`, unchecked."""
+        ...
+
 
 def backend(name: str, device: torch.device | str, dtype: torch.dtype) -> Backend:
     """Return the backend called `name` for vectors of `dtype` on `device`.

@@ -7,13 +7,13 @@ the tensors look like.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
 
 from tritonimplicit_kernels.backends import backend
-from tritonimplicit_kernels.layout import check_layout, check_memory
+from tritonimplicit_kernels.layout import check_counts, check_layout, check_memory
 
 _LIBRARY: Final = torch.library.Library("tritonimplicit", "DEF")
 SCHEMAS: Final = {
@@ -28,6 +28,18 @@ SCHEMAS: Final = {
     "neumann_step": "Tensor(a!) x, Tensor ax, Tensor b, Tensor alpha, Tensor rr, Tensor state, "
     "Tensor threshold, Tensor limit, int maxiter, Tensor(b!) rr_out, Tensor(c!) state_out, "
     "Tensor(d!) residual_sq",
+    "multi_dot": "Tensor v, Tensor basis, int count, Tensor state, Tensor(a!) products",
+    "arnoldi_project": "Tensor w, Tensor basis, int count, Tensor first, Tensor state, "
+    "Tensor(a!) w_out, Tensor(b!) second, Tensor(c!) ww",
+    "arnoldi_step": "Tensor w, Tensor(a!) basis, int count, Tensor first, Tensor second, "
+    "Tensor ww, Tensor(b!) left, Tensor(c!) column, Tensor norm, Tensor rr, Tensor state, "
+    "Tensor threshold, int maxiter, Tensor(d!) rr_out, Tensor(e!) state_out, "
+    "Tensor(f!) residual_sq",
+    "anderson_dots": "Tensor image, Tensor z, Tensor z_before, Tensor(a!) residual, "
+    "Tensor(b!) residuals, Tensor(c!) moves, int slot, int count, float beta, Tensor state, "
+    "Tensor(d!) row, Tensor(e!) products, Tensor(f!) squares",
+    "anderson_mix": "Tensor z, Tensor residual, Tensor moves, Tensor coefficients, int count, "
+    "float beta, Tensor state, Tensor(a!) z_out",
     "bicgstab_dots": "Tensor shadow, Tensor v, Tensor state, Tensor(a!) shadow_dots",
     "bicgstab_half_step": "Tensor(a!) r, Tensor v, Tensor shadow_dots, Tensor rho, Tensor rr, "
     "Tensor state, Tensor threshold, Tensor limit, int maxiter, Tensor(b!) alpha, "
@@ -42,28 +54,31 @@ SCHEMAS: Final = {
     "dense_cg": "Tensor a, Tensor rhs, Tensor threshold, int maxiter, Tensor(a!) solution, "
     "Tensor(b!) state, Tensor(c!) residual_sq",
 }
+_Value: TypeAlias = Tensor | int | float
 
 
 def _register(name: str, arguments: str) -> None:
     _LIBRARY.define(f"{name}({arguments}) -> ()")
     names = [argument.split()[1] for argument in arguments.split(", ")]
 
-    def tensors(values: tuple[Tensor | int, ...]) -> dict[str, Tensor]:
-        pairs = zip(names, values, strict=True)
-        return {key: value for key, value in pairs if isinstance(value, Tensor)}
-
-    def check(*values: Tensor | int) -> None:
-        check_layout(**tensors(values))
-
-    def run(*values: Tensor | int) -> None:
-        named = tensors(values)
+    def check(*values: _Value) -> dict[str, Tensor]:
+        pairs = list(zip(names, values, strict=True))
+        named = {key: value for key, value in pairs if isinstance(value, Tensor)}
         check_layout(**named)
+        check_counts({key: value for key, value in pairs if isinstance(value, int)}, **named)
+        return named
+
+    def fake(*values: _Value) -> None:
+        check(*values)
+
+    def run(*values: _Value) -> None:
+        named = check(*values)
         check_memory(**named)
         vector = named[names[0]]
         op: Callable[..., None] = getattr(backend("auto", vector.device, vector.dtype), name)
         op(*values)
 
-    _LIBRARY.impl(name, check, "Meta")
+    _LIBRARY.impl(name, fake, "Meta")
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, device)
 
@@ -190,6 +205,140 @@ def neumann_step(
     """
     torch.ops.tritonimplicit.neumann_step(
         x, ax, b, alpha, rr, state, threshold, limit, maxiter, rr_out, state_out, residual_sq
+    )
+
+
+def multi_dot(v: Tensor, basis: Tensor, count: int, state: Tensor, products: Tensor) -> None:
+    """Write the partial sums of basis[j].v into `products[j]` for j < count = k: k + 1 passes.
+
+    v: (B, ld); basis: (K, B, ld), of which the first `count` vectors are read, of norm 1 or so;
+    state: (2, B) int32; products: (K, B, P) float64, zero for a frozen system.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, device, stride, alignment or count.
+    """
+    torch.ops.tritonimplicit.multi_dot(v, basis, count, state, products)
+
+
+def arnoldi_project(
+    w: Tensor,
+    basis: Tensor,
+    count: int,
+    first: Tensor,
+    state: Tensor,
+    w_out: Tensor,
+    second: Tensor,
+    ww: Tensor,
+) -> None:
+    """Take from w its part in an orthonormal basis, once, after `multi_dot`: k + 2 passes.
+
+    w_out = w - sum over j < count = k of h_j basis[j], h_j the sum of `first[j]`; and the partial
+    sums of basis[j].w_out and of w_out.w_out, for `arnoldi_step` to do the same again: classical
+    Gram-Schmidt, twice (Giraud, Langou, Rozloznik and van den Eshof, Numer. Math. 101, 2005).
+
+    w, w_out: (B, ld); basis: (K, B, ld); first, second: (K, B, P); state: (2, B) int32; ww:
+    (B, P). Of a frozen system `second` and `ww` are zero, and w_out may be anything.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, device, stride, alignment or count.
+    """
+    torch.ops.tritonimplicit.arnoldi_project(w, basis, count, first, state, w_out, second, ww)
+
+
+def arnoldi_step(
+    w: Tensor,
+    basis: Tensor,
+    count: int,
+    first: Tensor,
+    second: Tensor,
+    ww: Tensor,
+    left: Tensor,
+    column: Tensor,
+    norm: Tensor,
+    rr: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    maxiter: int,
+    rr_out: Tensor,
+    state_out: Tensor,
+    residual_sq: Tensor,
+) -> None:
+    """Do the rest of a GMRES iteration after `arnoldi_project`, or stop a system: k + 2 passes.
+
+    The second projection of w (what was `w_out`), divided by its norm, becomes basis[k], k =
+    count, where there is room for it; the coefficients of both and that norm are `column`, H's
+    k-th. The residual norm is that of the cycle's start over |g|, g H = 0 with g_0 = 1 (Ayachour,
+    J. Comput. Appl. Math. 159, 2003): `left` holds g, and gets its next element. A rest at rounding
+    level means that the Krylov space is invariant: it gives no vector, the residual norm zero,
+    and BREAKDOWN where H is singular.
+
+    w: (B, ld); basis: (K, B, ld); first, second: (K, B, P); ww: (B, P); left, column: (B, K + 1)
+    float64; norm: (B,) float64, the residual norm at the cycle's start; rr, rr_out: (B, P) partial
+    sums of the squared residual norm before and after; state, state_out: (2, B) int32;
+    threshold: (B,), the squared residual norm at which a system has converged; residual_sq: (B,),
+    the sum of `rr`. A system that stops, or has stopped, keeps basis, left and column; its
+    `rr_out` is zero.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, device, stride, alignment or count.
+    """
+    torch.ops.tritonimplicit.arnoldi_step(
+        *(w, basis, count, first, second, ww, left, column, norm, rr, state, threshold),
+        *(maxiter, rr_out, state_out, residual_sq),
+    )
+
+
+def anderson_dots(
+    image: Tensor,
+    z: Tensor,
+    z_before: Tensor,
+    residual: Tensor,
+    residuals: Tensor,
+    moves: Tensor,
+    slot: int,
+    count: int,
+    beta: float,
+    state: Tensor,
+    row: Tensor,
+    products: Tensor,
+    squares: Tensor,
+) -> None:
+    """Remember the last step of an Anderson iteration, and add up its dots: k + 6 passes.
+
+    r = image - z takes the place of `residual`; dr, r less what was there, that of
+    residuals[slot], and (z - z_before) + beta dr that of moves[slot]. Then the partial sums of
+    residuals[j].dr into `row[j]` and of residuals[j].r into `products[j]` for j < count = k, and
+    of r.r and image.image into `squares`.
+
+    image, z, z_before, residual: (B, ld); residuals, moves: (K, B, ld); state: (2, B) int32; row,
+    products: (K, B, P); squares: (2, B, P). A frozen sample keeps all vectors; its sums are zero.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, device, stride, alignment or count.
+    """
+    torch.ops.tritonimplicit.anderson_dots(
+        *(image, z, z_before, residual, residuals, moves, slot, count, beta, state),
+        *(row, products, squares),
+    )
+
+
+def anderson_mix(
+    z: Tensor,
+    residual: Tensor,
+    moves: Tensor,
+    coefficients: Tensor,
+    count: int,
+    beta: float,
+    state: Tensor,
+    z_out: Tensor,
+) -> None:
+    """Write z + beta residual - sum over j < count = k of c_j moves[j] into z_out: k + 3 passes.
+
+    Anderson acceleration as of Walker and Ni (SIAM J. Numer. Anal. 49, 2011).
+
+    z, residual, z_out: (B, ld); moves: (K, B, ld); coefficients: (B, K) float64, the c; state:
+    (2, B) int32. The z_out of a frozen sample is its z.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, device, stride, alignment or count.
+    """
+    torch.ops.tritonimplicit.anderson_mix(
+        z, residual, moves, coefficients, count, beta, state, z_out
     )
 
 

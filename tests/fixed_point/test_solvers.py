@@ -516,3 +516,19 @@ def test_inside_custom_fixed_point_it_is_differentiable():
     )
     a = torch.rand(2, 3, dtype=DOUBLE, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a: equilibrium(torch.zeros_like(a), a), a)
+
+
+@every_solver
+def test_what_is_too_small_to_be_judged_is_no_success(solver):
+    """Squares below 1e-308 are zero in float64: any residual would seem to be within tolerance."""
+
+    def f(z):
+        return 0.5 * z + 1e-200
+
+    start = torch.zeros(2, 3, dtype=DOUBLE)
+    solution = with_fields(solver, maxiter=3).solve(f, start)
+    assert (solution.status == Status.BREAKDOWN).all()
+    exact = with_fields(solver, maxiter=3).solve(lambda z: z + 0.0 * start, start)
+    assert (exact.status == Status.CONVERGED).all()
+    small = with_fields(solver, atol=1e-100, maxiter=3).solve(f, start)
+    assert (small.status == Status.CONVERGED).all()

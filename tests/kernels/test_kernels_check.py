@@ -101,6 +101,24 @@ def test_all_kernels_are_known() -> None:
     assert check.kernel_names() == {f"_{op}_kernel" for op in check.ops.SCHEMAS}
 
 
+@pytest.mark.parametrize("op", check.ops.SCHEMAS)
+def test_no_size_compiles_anew(op: str) -> None:
+    found = []
+    for batch, ld, partials, count in [(2, 4096, 2, 8), (5, 64, 1, 11), (1, 16, 1, 14)]:
+        values = check.arguments(op, torch.float32, batch, ld, partials, count)
+        with check.compiling_only(CUDA) as compiled:
+            getattr(check.kernels, op)(*values.values())
+        found += compiled.values()
+    assert len(found) == 3 and found[0] is found[1] is found[2]
+
+
+def test_a_narrow_load_beside_a_tile_is_allowed_where_it_is_said() -> None:
+    beside = check.Report(registers=1, spills=0, bulk_widths=["128"] * 4 + ["32"], shared=0)
+    assert beside.faults(singles=1) == [] and beside.faults() != []
+    narrow = check.Report(registers=1, spills=0, bulk_widths=["128"] * 3 + ["32"] * 2, shared=0)
+    assert narrow.faults(singles=1) != []
+
+
 USED = {"sm_90": {"a_kernel float32": "64 registers, 0 spills"}}
 BUDGET = {"triton": {"version": triton.__version__}, **USED}
 

@@ -10,7 +10,15 @@ tl = triton.language
 
 from tests.kernels.dense_problems import dense_cg  # noqa: E402
 from tools import ops_table  # noqa: E402
-from tritonimplicit.linear_solve import CG, BiCGSTAB, FusedSolver, Jacobi, Neumann  # noqa: E402
+from tritonimplicit.fixed_point import Anderson  # noqa: E402
+from tritonimplicit.linear_solve import (  # noqa: E402
+    CG,
+    GMRES,
+    BiCGSTAB,
+    FusedSolver,
+    Jacobi,
+    Neumann,
+)
 from tritonimplicit_kernels import ops  # noqa: E402
 from tritonimplicit_kernels import triton as kernels  # noqa: E402
 
@@ -34,8 +42,30 @@ def test_an_iteration_is_as_lean_as_promised(method: str, passes: int, launches:
 
 @pytest.mark.parametrize("method", ["`CG`", "`CG(M=Jacobi())`", "`Neumann`"])
 def test_a_product_in_leaves_takes_no_more(method: str) -> None:
-    rows, leaves = (ops_table.count_iteration(method, in_leaves) for in_leaves in (False, True))
+    rows, leaves = (
+        ops_table.count_iteration(method, in_leaves=in_leaves) for in_leaves in (False, True)
+    )
     assert (leaves.passes, leaves.launches) == (rows.passes, rows.launches)
+
+
+@pytest.mark.parametrize("k", [7, 15])
+@pytest.mark.parametrize(
+    ("method", "slope", "rest", "launches"),
+    [("`GMRES`, k vectors", 3, 5, 3), ("`Anderson`, k differences", 2, 9, 2)],
+)
+def test_each_vector_of_a_history_costs_what_is_promised(
+    method: str, slope: int, rest: int, launches: int, k: int
+) -> None:
+    counted = ops_table.count_iteration(method, k)
+    assert (counted.passes, counted.launches) == (slope * k + rest, launches)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [(7.0, 15.0, "k"), (8.0, 16.0, "k + 1"), (4.0, 4.0, "4"), (26.0, 50.0, "3 k + 5")],
+)
+def test_a_count_is_shown_in_k(low: float, high: float, shown: str) -> None:
+    assert ops_table.in_k(low, high) == shown
 
 
 @pytest.mark.parametrize(
@@ -44,12 +74,13 @@ def test_a_product_in_leaves_takes_no_more(method: str) -> None:
         ("`CG`", CG(backend="triton", rtol=0.0, maxiter=3)),
         ("`CG(M=Jacobi())`", CG(backend="triton", rtol=0.0, maxiter=3, M=Jacobi(1, seed=1))),
         ("`Neumann`", Neumann(backend="triton", rtol=0.0, maxiter=3)),
+        ("`GMRES`, k vectors", GMRES(backend="triton", rtol=0.0, maxiter=3)),
         ("`BiCGSTAB`", BiCGSTAB(backend="triton", rtol=0.0, maxiter=3)),
         ("`BiCGSTAB(M=...)`", BiCGSTAB(backend="triton", rtol=0.0, maxiter=3, M=Jacobi(1))),
     ],
 )
 def test_a_solver_launches_its_iterations_ops(
-    method: str, solver: FusedSolver, monkeypatch: pytest.MonkeyPatch
+    method: str, solver: FusedSolver | GMRES, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = []
     for op in ops.SCHEMAS:
@@ -60,6 +91,19 @@ def test_a_solver_launches_its_iterations_ops(
     matrix = torch.linspace(0.5, 1.5, 20).diag() + 0.01  # with 20 eigenvalues: not solved in 3
     solver.solve(lambda v: matrix @ v, torch.linspace(1, 2, 20))
     assert launched == list(ops_table.ITERATIONS[method]) * 3
+
+
+def test_anderson_launches_its_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    for op in ops.SCHEMAS:
+        run = getattr(kernels, op)
+        monkeypatch.setattr(
+            kernels, op, lambda *args, op=op, run=run: (launched.append(op), run(*args))
+        )
+    solver = Anderson(backend="triton", rtol=0.0, maxiter=3, on_failure="ignore")
+    solver.solve(lambda z: torch.cos(z) * torch.linspace(0.1, 0.9, 20), torch.zeros(20))
+    # A step mixes, evaluates f, and remembers.
+    assert launched == ["anderson_mix", "anderson_dots"] * 3
 
 
 def test_a_whole_solve_reads_its_matrix_once() -> None:

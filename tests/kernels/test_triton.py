@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.histories import anderson, arnoldi
 from tests.kernels.problems import (
     CG,
     DTYPES,
@@ -125,6 +126,14 @@ def test_the_order_of_programs_does_not_matter(seed: int) -> None:
         with shuffled_programs(seed):
             shuffled = target.run(step)
         assert_same_bits(shuffled, target.run(step))
+    for problem in (arnoldi, anderson):
+        history = problem(2, 3000, torch.float32, parts=3)
+        shuffled_history, expected = history.to("cpu"), history.to("cpu")
+        with shuffled_programs(seed):
+            shuffled_history.launch(target.backend)
+        expected.launch(target.backend)
+        for name, value in expected.tensors().items():
+            assert torch.equal(value.nan_to_num(), shuffled_history.tensors()[name].nan_to_num())
     b, diagonal = randn(2, 2100, F64, seed=1), torch.linspace(1, 3, 2112, dtype=F64).repeat(2, 1)
     for d in (None, 1 / diagonal.sqrt()):
         with shuffled_programs(seed):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tritonimplicit as ti
-from tritonimplicit.linear_solve import CG, BiCGSTAB, Jacobi, Neumann, NormalCG
+from tritonimplicit.linear_solve import CG, GMRES, BiCGSTAB, Jacobi, Neumann, NormalCG
 
 SOLVERS = [
     CG(rtol=1e-6, maxiter=60, batch_ndim=1),
@@ -14,6 +14,7 @@ SOLVERS = [
     NormalCG(rtol=1e-6, maxiter=200, batch_ndim=1),
     NormalCG(rtol=1e-6, maxiter=200, batch_ndim=1, M=Jacobi(2)),
     Neumann(rtol=1e-6, maxiter=200, batch_ndim=1),
+    GMRES(rtol=1e-6, maxiter=60, batch_ndim=1, restart=5),
     BiCGSTAB(rtol=1e-6, maxiter=60, batch_ndim=1),
     BiCGSTAB(rtol=1e-6, maxiter=60, batch_ndim=1, M=Jacobi(2)),
 ]
@@ -28,6 +29,7 @@ SOLVERS = [
         "normal_cg",
         "normal_cg-jacobi",
         "neumann",
+        "gmres",
         "bicgstab",
         "bicgstab-jacobi",
     ],

@@ -29,8 +29,8 @@ from tritonimplicit.linear_solve.base import (
     check_fields,
     check_tolerance,
 )
-from tritonimplicit.linear_solve.loop import iterate
-from tritonimplicit.linear_solve.rows import RowMatvec
+from tritonimplicit.linear_solve.loop import SMALLEST, iterate
+from tritonimplicit.linear_solve.rows import RowMatvec, largest
 from tritonimplicit.solve_log import record
 from tritonimplicit.torch_internals import is_transformed
 from tritonimplicit.vectors import Layout
@@ -52,6 +52,10 @@ _ADVICE: Final = {
     Status.DIVERGED: (
         "diverged to NaN or infinity: use Anderson or Broyden, or make f more of a contraction; "
         "the value is the best iterate"
+    ),
+    Status.BREAKDOWN: (
+        "is too small for its residual to be judged, below 1e-140: scale f and z; the value is the "
+        "best iterate"
     ),
     Status.NON_FINITE: "met NaN or infinity in z0 or in f(z0): its value is all NaN",
 }
@@ -121,8 +125,9 @@ class FixedPointSolver(abc.ABC):
 
         `residual_norm` is ‖f(z) - z‖ of the z that is returned. The status is CONVERGED,
         MAX_ITERATIONS, DIVERGED (NaN or infinity on the way: `value` is the best iterate),
-        NON_FINITE (already at z0: `value` is all NaN), or STAGNATED: the sample had converged when
-        it stopped, and has not where the others have come to, so f mixes the samples.
+        BREAKDOWN (float64 numbers below 1e-140, whose squares lose their digits), NON_FINITE
+        (already at z0: `value` is all NaN), or STAGNATED: the sample had converged when it stopped,
+        and has not where the others have come to, so f mixes the samples.
 
         Raises:
             TypeError: an f that is no function; a leaf of z0 or of f's result that is no real
@@ -161,6 +166,8 @@ class FixedPointSolver(abc.ABC):
         progress = iteration.progress
         progress.settle()
         status, iterations = progress.state
+        if (lost := _unjudged(iteration)) is not None:
+            status.masked_fill_(lost & (status == codes.CONVERGED), codes.BREAKDOWN)
         converged, failed = status == codes.CONVERGED, status == codes.NON_FINITE
         never = ~iteration.best_norm.isfinite()
         status = status.masked_fill(failed & ~never, codes.DIVERGED)
@@ -183,6 +190,14 @@ class FixedPointSolver(abc.ABC):
             solver=type(self).__name__,
             history=None if history is None else history.view(-1, *layout.batch_shape),
         )
+
+
+def _unjudged(iteration: Iteration) -> Tensor | None:
+    """(B,) whether residual and tolerance are too small to be compared by squares; None: no."""
+    if iteration.z.dtype is not torch.float64:
+        return None
+    size = largest(iteration.residual)
+    return (size > 0) & (size < SMALLEST) & (iteration.progress.threshold < SMALLEST**2)
 
 
 class _Evaluations(RowMatvec):

@@ -10,7 +10,7 @@ from torch import Tensor
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import Solution, TensorTree
 from tritonimplicit.fixed_point.base import FixedPointSolver, Map
-from tritonimplicit.fixed_point.iteration import Iteration
+from tritonimplicit.fixed_point.iteration import Iteration, Successive
 from tritonimplicit.linear_solve.base import check_choice, check_count
 from tritonimplicit.linear_solve.plain import column, full_precision, normalised
 from tritonimplicit.linear_solve.rows import RowMatvec
@@ -73,7 +73,7 @@ class InverseJacobian:
         return InverseJacobian(self.layout, self.right, self.left)
 
 
-class _QuasiNewton(Iteration):
+class _QuasiNewton(Successive):
     """H = -I + sum over j of _left[j] _right[j]^T."""
 
     def __init__(self, solver: Broyden, f: RowMatvec, z: Tensor):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tritonimplicit_kernels as kernels
-from tritonimplicit.linear_solve.plain import advance, column, record
+from tritonimplicit.linear_solve.plain import advance, record
 from tritonimplicit.linear_solve.progress import Progress
 from tritonimplicit.linear_solve.rows import RowMatvec
 
@@ -39,10 +39,10 @@ class Iteration(abc.ABC):
         """Move the samples that run, and evaluate f."""
         state = self.progress
         advances = advance(state, self._solver.maxiter)
-        self.z = torch.where(advances[:, None], self._rounded(self._next()), self.z)
+        self._move(advances)
         norm, tolerance = self._evaluate()
         record(state, advances, norm.square())
-        state.threshold = tolerance.square()
+        state.threshold = torch.where(advances, tolerance.square(), state.threshold)
         better = advances & (norm < self.best_norm)
         self.best = torch.where(better[:, None], self.z, self.best)
         self.best_norm = torch.where(better, norm, self.best_norm)
@@ -51,16 +51,18 @@ class Iteration(abc.ABC):
         """Do nothing: the iterations of fixed points run in no graph."""
 
     @abc.abstractmethod
-    def _next(self) -> Tensor:
-        """The next z (B, ld), from `z` and `residual`."""
+    def _move(self, advances: Tensor) -> None:
+        """Bring z to the next iterate of the samples that advance (B,), rounded as f sees it."""
 
     def _evaluate(self) -> tuple[Tensor, Tensor]:
         """Bring the residual up to date; return its norm and the tolerance, (B,) float64."""
         image = self._f(self.z)
         self.residual = image - self.z
-        relative = max(self._solver.rtol, self._eps)
-        tolerance = (relative * kernels.row_norms(image)).clamp(min=self._solver.atol)
-        return kernels.row_norms(self.residual), tolerance
+        return kernels.row_norms(self.residual), self._tolerance(kernels.row_norms(image))
+
+    def _tolerance(self, image_norm: Tensor) -> Tensor:
+        """(B,) the residual norm at or below which a sample has converged, from ‖f(z)‖."""
+        return (max(self._solver.rtol, self._eps) * image_norm).clamp(min=self._solver.atol)
 
     def _rounded(self, z: Tensor) -> Tensor:
         """z as f sees it, so that the residual is that of the value that is returned."""
@@ -70,6 +72,12 @@ class Iteration(abc.ABC):
         return layout.flatten(layout.unflatten(z), "z")
 
 
-def divided(v: Tensor, norm: Tensor) -> Tensor:
-    """v (B, ld) / norm (B,), and v itself where that is zero."""
-    return v / column(norm.masked_fill(norm == 0, 1.0), v.dtype)
+class Successive(Iteration):
+    """An iteration whose next z is a new tensor."""
+
+    def _move(self, advances: Tensor) -> None:
+        self.z = torch.where(advances[:, None], self._rounded(self._next()), self.z)
+
+    @abc.abstractmethod
+    def _next(self) -> Tensor:
+        """The next z (B, ld), from `z` and `residual`."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tritonimplicit.fixed_point.base import FixedPointSolver
-from tritonimplicit.fixed_point.iteration import Iteration
+from tritonimplicit.fixed_point.iteration import Iteration, Successive
 from tritonimplicit.linear_solve.rows import RowMatvec
 
 
@@ -16,9 +16,9 @@ class Picard(FixedPointSolver):
     """z <- f(z), which converges where f is a contraction, and keeps no vectors besides z."""
 
     def _iteration(self, f: RowMatvec, z: Tensor) -> Iteration:
-        return _Successive(self, f, z)
+        return _Plain(self, f, z)
 
 
-class _Successive(Iteration):
+class _Plain(Successive):
     def _next(self) -> Tensor:
         return self.z + self.residual

@@ -17,7 +17,7 @@ from tritonimplicit.linear_solve.progress import Poll, Progress
 from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution, largest
 from tritonimplicit_kernels import status as codes
 
-_SMALLEST = 1e-140
+SMALLEST = 1e-140
 """Below this, squares of float64 numbers lose their digits, and no residual can be judged."""
 
 
@@ -160,4 +160,4 @@ def _vanishing(b: Tensor) -> Tensor | None:
     if b.dtype is not torch.float64:
         return None
     size = largest(b)
-    return (size > 0) & (size < _SMALLEST)
+    return (size > 0) & (size < SMALLEST)

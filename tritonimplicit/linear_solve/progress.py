@@ -59,6 +59,13 @@ class Progress:
         ended = torch.where(rr.isfinite(), ended, codes.NON_FINITE)
         self.state[0] = torch.where(running, ended.int(), self.state[0])
 
+    def stop(self, systems: Tensor, status: int) -> None:
+        """Stop those of `systems` (B,) bool that still may iterate, for what the host knows."""
+        rr = self.rr.sum(1)
+        self.residual_sq = torch.where(systems, rr, self.residual_sq)
+        self.rr.masked_fill_(systems[:, None], 0.0)
+        self.state[0].masked_fill_(systems, status)
+
     def restart(self, again: Tensor, residual_norm: Tensor) -> None:
         """Let the systems where `again` (B,) run again, from these residual norms (B,)."""
         self.state[0].masked_fill_(again, codes.RUNNING)

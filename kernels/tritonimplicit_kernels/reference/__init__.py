@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from tritonimplicit_kernels.reference.anderson import anderson_dots, anderson_mix
+from tritonimplicit_kernels.reference.arnoldi import arnoldi_project, arnoldi_step, multi_dot
 from tritonimplicit_kernels.reference.bicgstab import (
     bicgstab_dots,
     bicgstab_half_dots,
@@ -18,6 +20,10 @@ from tritonimplicit_kernels.reference.neumann import neumann_step
 from tritonimplicit_kernels.reference.pcg import pcg_dots, pcg_step
 
 __all__ = [
+    "anderson_dots",
+    "anderson_mix",
+    "arnoldi_project",
+    "arnoldi_step",
     "bicgstab_dots",
     "bicgstab_half_dots",
     "bicgstab_half_step",
@@ -25,6 +31,7 @@ __all__ = [
     "cg_dots",
     "cg_step",
     "dense_cg",
+    "multi_dot",
     "name",
     "neumann_step",
     "partial_count",

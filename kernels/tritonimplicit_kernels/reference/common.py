@@ -148,3 +148,27 @@ def _many(
     if rz is not rr:
         advances &= (rz_b > 0) & (rz_b < torch.inf)
     return cg_scales(rz_b, pap, apmap, dtype) if all(advances.tolist()) else None
+
+
+def all_advance_arnoldi(
+    size_sq: Tensor,
+    grows: Tensor,
+    rr: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    maxiter: int,
+    state_out: Tensor,
+    residual_sq: Tensor,
+) -> bool:
+    """Whether every system advances, by `rules.decide_arnoldi`, and `grows` (B,) as well.
+
+    The state is settled if so, and else nothing written.
+    """
+    if _common_state(state, maxiter) != status.RUNNING:
+        return False
+    advances = grows & (rr > threshold) & (rr + size_sq < torch.inf)
+    if not all(advances.tolist()):
+        return False
+    residual_sq.copy_(rr)
+    torch.add(state, _ONE_ITERATION, out=state_out)
+    return True

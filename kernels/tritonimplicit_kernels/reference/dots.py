@@ -74,6 +74,19 @@ def _cut(memory: Tensor, tile: Tensor) -> Scratch:
     return Scratch(first, second, third, whole[0].view(tile.dtype)[:, :width])
 
 
+def many(tile: Tensor, count: int) -> Tensor:
+    """Return uninitialised float64 room for `count` tiles like `tile`, (count, R, W), as `scratch`.
+
+    It is the same memory.
+    """
+    rows, width = tile.shape
+    padded = -(-width // _ALIGNMENT) * _ALIGNMENT
+    memory = _ROOM.memory
+    if count * rows * padded > memory.numel():
+        memory = memory.new_empty(count * rows * padded)
+    return memory[: count * rows * padded].view(count, rows, padded)[:, :, :width]
+
+
 def widen(tile: Tensor, room: Tensor) -> Tensor:
     """Return `tile` (R, W) in float64: a copy in `room`, or `tile` itself where it is."""
     return tile if tile.dtype is torch.float64 else room.copy_(tile)

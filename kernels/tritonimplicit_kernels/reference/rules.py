@@ -106,3 +106,26 @@ def settle(
     advances = state_out[0] < 0
     torch.add(iterations, advances, out=state_out[1])
     return advances
+
+
+def decide_arnoldi(
+    size_sq: Tensor,
+    singular: Tensor,
+    rr: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    maxiter: int,
+    state_out: Tensor,
+    residual_sq: Tensor,
+) -> Tensor:
+    """Settle the state; return which systems advance (B,).
+
+    `size_sq` (B,) is the squared norm of H's column, and `singular` says where H has no inverse.
+    """
+    code = torch.full_like(state[0], status.RUNNING)
+    code.masked_fill_(singular, status.BREAKDOWN)
+    code.masked_fill_(~(size_sq < torch.inf), status.NON_FINITE)
+    code.masked_fill_(state[1] >= maxiter, status.MAX_ITERATIONS)
+    code.masked_fill_(rr <= threshold, status.CONVERGED)
+    code.masked_fill_(~(rr < torch.inf), status.NON_FINITE)
+    return settle(code, rr, state, state_out, residual_sq)

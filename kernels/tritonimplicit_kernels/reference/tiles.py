@@ -20,14 +20,14 @@ Rows = slice | Tensor
 _ALL: Final = slice(None)
 
 
-def row_groups(vector: Tensor, wanted: Tensor | None = None) -> Iterator[Rows]:
+def row_groups(vector: Tensor, wanted: Tensor | None = None, weight: int = 1) -> Iterator[Rows]:
     """Cut the rows of `vector` (B, ld), or those `wanted` (B,), into groups of a tile.
 
-    A group is a slice, or indices where the wanted rows are scattered. A row longer than a tile is
-    a group of its own, in a batch as alone.
+    `weight` vectors of each system share the tile. A group is a slice, or indices where the wanted
+    rows are scattered. A row longer than a tile is a group of its own, in a batch as alone.
     """
     batch, ld = vector.shape
-    size = max(1, TILE // ld)
+    size = max(1, TILE // (weight * ld))
     wants = None if wanted is None else wanted.tolist()
     if wants is None or all(wants):
         if 0 < batch <= size:
