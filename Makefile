@@ -9,17 +9,20 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 INTEGRATION := $(VENV)/integration-installed
 BENCH := $(VENV)/bench-installed
+NEWER_TRITON := build/triton-3.9.0
 PIP_INSTALL := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 TOO_OLD := "Python 3.10 or newer is needed: make PYTHON=python3.12, for one"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test integration bench test-gpu lint kernels-check ops-table clean
+.PHONY: help demo test test-newer integration bench bench-kernels test-gpu lint kernels-check ops-table clean
 
 help:
 	@echo 'make demo           train a deep equilibrium model on handwritten digits (DEMO_ARGS=--quick: shorter)'
 	@echo 'make test           the tests, then those of the Triton kernels in the interpreter'
+	@echo 'make test-newer     the tests of the Triton kernels with a newer Triton than torch asks for'
 	@echo 'make integration    the tests beside TorchOpt, which it installs too (Python 3.10 to 3.12)'
 	@echo 'make bench          the benchmarks, briefly, beside peers, which it installs too'
+	@echo 'make bench-kernels  the kernels alone, briefly, each against the same in plain torch'
 	@echo 'make test-gpu       the tests that need a GPU, by $$(PYTHON) as it is: nothing is installed'
 	@echo 'make lint           style, types, and the layers of the packages'
 	@echo 'make kernels-check  compile every kernel for each supported GPU and judge the code'
@@ -49,6 +52,16 @@ test: $(INSTALLED)
 	$(RUN) -m pytest
 	TRITON_INTERPRET=1 $(RUN) -m pytest -m interpreter
 
+# A folder that comes before .venv: pip would not install that Triton beside torch's CUDA build.
+$(NEWER_TRITON):
+	$(RUN) -m pip install --disable-pip-version-check -q --no-deps --target $@.part $(subst build/triton-,triton==,$@)
+	mv $@.part $@
+
+test-newer: $(INSTALLED) $(NEWER_TRITON)
+	PYTHONPATH=$(NEWER_TRITON) $(RUN) -c 'import triton; assert triton.__file__.startswith("$(CURDIR)/$(NEWER_TRITON)"), triton'
+	PYTHONPATH=$(NEWER_TRITON) $(RUN) -m pytest tests/kernels/test_launch.py tests/kernels/test_sizes.py
+	PYTHONPATH=$(NEWER_TRITON) TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels -m interpreter
+
 # The directory is named because pytest leaves it out by itself; without TorchOpt its tests are errors.
 integration: $(INTEGRATION)
 	$(RUN) -m pytest tests/integration
@@ -56,6 +69,9 @@ integration: $(INTEGRATION)
 # Brief runs are not kept among the results.
 bench: $(BENCH)
 	$(RUN) -m bench run --quick --out build/bench
+
+bench-kernels: $(INSTALLED)
+	$(RUN) -m tritonimplicit_kernels.bench --quick --out build/bench-kernels
 
 test-gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu

@@ -6,79 +6,81 @@ is cheaper than one copy of the leaves decides what solvers do there; see docs/k
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 import tritonimplicit_kernels as kernels
-from bench import textbook
-from bench.case import Absent, Case, Entry, Problem, Run, Setting
-from bench.steps import QUICK_ELEMENTS, KernelStep, Start
+from bench.case import Absent, Case, Entry, Problem, Run, Setting, Tensors
+from bench.steps import QUICK_ELEMENTS, in_a_row
 from tritonimplicit.vectors import Layout
+from tritonimplicit_kernels.bench.cases import BY_NAME, Size
+from tritonimplicit_kernels.bench.clock import Prepare
+from tritonimplicit_kernels.bench.trial import NUMBERS, Trial, argument_names
 
 COPIED, IN_PLACE = "copied into rows", "read in place"
 TREES = {"4x2.5e6": (4, 2_500_000), "100x1e4": (100, 10_000), "1000x1e3": (1000, 1008)}
 
 
-class CopiedStep(KernelStep):
-    """A step of ours after a copy of the product's leaves, with one call for all."""
-
-    def __init__(self, start: Start, leaves: list[Tensor]):
-        super().__init__(start)
-        self._leaves, self._layout = leaves, Layout.of(leaves)
-        self._rows = self._layout.zeros()
-
-    def product(self) -> Tensor:
-        return self._layout.gather(self._leaves, lambda: self._rows, "the leaves")
+def leaves_of(trial: Trial, count: int) -> list[Tensor]:
+    """The product of the trial, in as many tensors of their own."""
+    return [leaf.clone() for leaf in trial.arguments["ap"][0].chunk(count)]
 
 
-class StepInPlace(KernelStep):
-    """A step of ours that reads the product from its leaves, by a table made for it."""
-
-    def __init__(self, start: Start, leaves: list[Tensor]):
-        super().__init__(start)
-        layout = Layout.of(leaves)
-        self._leaves = [leaf[None] for leaf in leaves]
-        self._tables = kernels.LeafTables(
-            layout.starts, layout.sizes, layout.ld, layout.dtype, layout.device
-        )
-
-    def product(self) -> Tensor:
-        return self._tables.table(self._leaves)
+def copied(trial: Trial, count: int) -> Callable[[], Tensor]:
+    """Return what copies the leaves into rows, with one call for all."""
+    leaves = leaves_of(trial, count)
+    layout = Layout.of(leaves)
+    rows = layout.zeros()
+    return lambda: layout.gather(leaves, lambda: rows, "the leaves")
 
 
-def entry(
-    provider: str, kind: type[CopiedStep | StepInPlace], start: Start, count: int, repeats: int
-) -> Entry:
-    leaves = [leaf.clone() for leaf in start.ap[0].chunk(count)]
-    steps = [kind(start, leaves) for _ in range(repeats)]
+def in_place(trial: Trial, count: int) -> Callable[[], Tensor]:
+    """Return what makes a table of the leaves."""
+    leaves = leaves_of(trial, count)
+    layout = Layout.of(leaves)
+    tables = kernels.LeafTables(layout.starts, layout.sizes, layout.ld, layout.dtype, layout.device)
+    return lambda: tables.table([leaf[None] for leaf in leaves])
+
+
+def on_product(trial: Trial, product: Callable[[], Tensor]) -> Prepare:
+    """A step of ours whose product is made anew."""
+    backend = kernels.backend("auto", trial.arguments["x"].device, torch.float32)
+    ops = [(getattr(backend, name), argument_names(name)) for name in trial.case.launches]
 
     def prepare() -> Run:
-        for step in steps:
-            step.reset()
-        return lambda: [step() for step in steps][-1]
+        trial.ours()  # begins afresh
 
-    return Entry(provider, prepare)
+        def run() -> Tensors:
+            values = trial.arguments | NUMBERS | {"ap": product()}
+            for launch, names in ops:
+                launch(*(values[name] for name in names))
+            return tuple(trial.arguments[name] for name in trial.case.results)
+
+        return run
+
+    return prepare
 
 
 def build(count: int, size: int, setting: Setting) -> Problem:
     size = min(size, QUICK_ELEMENTS // count // 16 * 16) if setting.quick else size
-    start = Start.after_two_iterations(1, count * size, setting.device)
-    x, r, p, ap = start.rows(torch.float64)
     on_gpu = setting.device.type == "cuda"
     repeats = 10 if on_gpu else 1  # a single launch would time the host
-    in_place = (
-        entry(IN_PLACE, StepInPlace, start, count, repeats)
-        if on_gpu
-        else Absent(IN_PLACE, "tables are for the Triton kernels, on a GPU")
-    )
+    of_size = Size(1, count * size)
+    trials = [Trial(BY_NAME["cg"], of_size, torch.float32, setting.device) for _ in range(repeats)]
+
+    def entry(provider: str, product: Callable[[Trial, int], Callable[[], Tensor]]) -> Entry:
+        prepares = [on_product(trial, product(trial, count)) for trial in trials]
+        return Entry(provider, in_a_row(prepares))
+
+    absent = Absent(IN_PLACE, "tables are for the Triton kernels, on a GPU")
     return Problem(
         about=f"{count} leaves of {size:,}, float32",
-        expected=textbook.cg_step(x, r, p, ap, textbook.dot(r, r))[:3],
-        # What n float32 roundings of a dot product add up to.
-        tolerance=(count * size) ** 0.5 * torch.finfo(torch.float32).eps,
-        entries=[entry(COPIED, CopiedStep, start, count, repeats), in_place],
+        expected=trials[0].expected[:3],
+        tolerance=trials[0].tolerance,
+        entries=[entry(COPIED, copied), entry(IN_PLACE, in_place) if on_gpu else absent],
         repeats=repeats,
     )
 

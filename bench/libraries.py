@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import warnings
 from dataclasses import dataclass
 from types import ModuleType
@@ -47,14 +46,3 @@ def library(name: str) -> ModuleType | Absent:
             return importlib.import_module(peer.module)
     except ImportError:
         return Absent(name, f"not installed ({peer.hint})")
-
-
-def versions() -> dict[str, str | None]:
-    """Version of each library of interest; None where it is not installed."""
-    found: dict[str, str | None] = {OURS: tritonimplicit.__version__}
-    for distribution in RECORDED:
-        try:
-            found[distribution] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            found[distribution] = None
-    return found

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import statistics
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,9 +25,9 @@ from bench.case import (
     Setting,
     Tensors,
 )
-from bench.clock import timed
 from bench.peak import peak_and_calls
 from bench.results import CaseResult, Row
+from tritonimplicit_kernels.bench.clock import Times, in_turns, timed
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
 SECONDS_PER_CASE = 5.0
@@ -138,31 +136,30 @@ def _race(contenders: Sequence[_Contender], problem: Problem, setting: Setting) 
     lap = sum(contender.seconds for contender in contenders)
     affordable = int(0 if setting.quick else SECONDS_PER_CASE / lap)
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, affordable))
-    times: dict[str, list[float]] = {c.entry.provider: [] for c in contenders}
     last: dict[str, Row] = {}
-    gc.collect()
-    for turn in range(rounds):
-        for contender in contenders:
-            provider = contender.entry.provider
-            seconds, answer = timed(contender.entry.prepare(), setting.device)
-            times[provider].append(seconds / problem.repeats)
-            if turn == rounds - 1:
-                last[provider] = checked(contender.entry, answer, problem)
-            del answer
-    ours = next((statistics.median(times[name]) for name in times if name == OURS), None)
+    entries = {contender.entry.provider: contender.entry for contender in contenders}
+
+    def check(provider: str, answer: Tensors) -> None:
+        last[provider] = checked(entries[provider], answer, problem)
+
+    prepared = {provider: entry.prepare for provider, entry in entries.items()}
+    seconds = in_turns(prepared, setting.device, rounds, check)
+    times = {
+        provider: Times.of([each / problem.repeats for each in taken])
+        for provider, taken in seconds.items()
+    }
+    ours = times[OURS].p50 if OURS in times else None
     for contender in contenders:
         provider = contender.entry.provider
         if last[provider].remark:
             yield last[provider]
             continue
-        fifths = statistics.quantiles(times[provider], n=5, method="inclusive")
-        median = statistics.median(times[provider])
         yield replace(
             contender.row,
-            median=median,
-            p20=fifths[0],
-            p80=fifths[3],
-            relative=None if ours is None else median / ours,
+            median=times[provider].p50,
+            p20=times[provider].p20,
+            p80=times[provider].p80,
+            relative=None if ours is None else times[provider].p50 / ours,
             rounds=rounds,
         )
 

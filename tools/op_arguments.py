@@ -39,9 +39,9 @@ def arguments(
     }
     numbers = _NUMBERS | {"count": count}
     names = [a.name for a in getattr(torch.ops.tritonimplicit, op).default._schema.arguments]
-    return {
-        name: torch.ones(shape_of(name, sizes), dtype=dtype_of(name, dtype)) * _VALUES.get(name, 1)
-        if name in SHAPES
-        else numbers[name]
-        for name in names
-    }
+
+    def tensor(name: str) -> Tensor:
+        ones = torch.ones(shape_of(name, sizes), dtype=dtype_of(name, dtype))
+        return ones * _VALUES[name].to(ones.device) if name in _VALUES else ones
+
+    return {name: tensor(name) if name in SHAPES else numbers[name] for name in names}

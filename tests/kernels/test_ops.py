@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tritonimplicit_kernels as kernels
 from tests.kernels.bicgstab_problems import BiCGSTAB, bicgstab, pbicgstab
 from tests.kernels.dense_problems import dense_cg
 from tests.kernels.problems import DTYPES, F64, Step, cg, neumann, pcg
-from tritonimplicit_kernels import reference
+from tritonimplicit_kernels import ops, reference
 
 CG_STEP = ("x", "r", "p", "ap", "dots", "rr", "state", "threshold", "maxiter")
 PCG_STEP = ("x", "r", "p", "ap", "d", "dots", "rr", "rz", "state", "threshold", "maxiter")
@@ -71,6 +72,64 @@ def test_torch_accepts_the_op(op: str, dtype: torch.dtype) -> None:
         for name, v in arguments(op, dtype).items()
     }
     torch.library.opcheck(registered, tuple(values.values()))
+
+
+def test_every_op_is_tested() -> None:
+    assert ARGUMENTS.keys() == ops.SCHEMAS.keys()
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_function_that_calls_an_op_is_one_graph(op: str, dynamic: bool) -> None:
+    def twice(*values: Any) -> Tensor:
+        getattr(kernels, op)(*values)
+        getattr(kernels, op)(*values)
+        return 2 * values[0]
+
+    torch.compiler.reset()  # `twice` is one function to it, which has a limit of graphs
+    compiled = torch.compile(twice, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    ours, eager = arguments(op), arguments(op)
+    assert torch.equal(compiled(*ours.values()), twice(*eager.values()))
+    for name, value in ours.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, eager[name]), name
+
+
+def test_a_loop_of_steps_compiles_to_the_same_solve() -> None:
+    def three_steps(diagonal: Tensor, s: dict[str, Any]) -> None:
+        for _ in range(3):
+            s["ap"] = diagonal * s["p"]
+            kernels.cg_dots(**{name: s[name] for name in ARGUMENTS["cg_dots"]})
+            kernels.cg_step(**{name: s[name] for name in ARGUMENTS["cg_step"]})
+            for name in ("rr", "state"):
+                s[name], s[f"{name}_out"] = s[f"{name}_out"], s[name]
+
+    diagonal, solves = torch.linspace(1, 2, 48).repeat(3, 1), []
+    compiled_steps = torch.compile(three_steps, fullgraph=True, backend="aot_eager")
+    for run in (three_steps, compiled_steps):
+        step = cg(3, 40, torch.float32, 2)
+        solves.append({field: getattr(step, field) for field in vars(step)})
+        run(diagonal, solves[-1])
+    eager, compiled = solves
+    assert (eager["state"][1] == torch.tensor([3, 4, 5])).all()
+    for name, value in eager.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(compiled[name], value), name
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_a_fake_call_checks_and_does_nothing(op: str) -> None:
+    given = arguments(op)
+    with FakeTensorMode() as mode:
+        fakes = {
+            name: mode.from_tensor(value) if isinstance(value, Tensor) else value
+            for name, value in given.items()
+        }
+        assert getattr(kernels, op)(**fakes) is None
+        for name, value in fakes.items():
+            if isinstance(value, Tensor):
+                with pytest.raises((TypeError, ValueError), match="must be"):
+                    getattr(kernels, op)(**fakes | {name: value.new_empty(7)})
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)

@@ -29,7 +29,7 @@ def _bicgstab_dots_kernel(
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    programs = tl.num_programs(0)
+    programs = tl.num_programs(0).to(tl.int64)
     b = (pid // P).to(tl.int64)
     along = tl.zeros([BLOCK], tl.float64)
     shadow_sq = tl.zeros([BLOCK], tl.float64)
@@ -39,7 +39,7 @@ def _bicgstab_dots_kernel(
         start, whole, end = chunk_bounds(pid % P, ld, P, BLOCK)
         shadow_ptr += b * ld
         v_ptr += b * ld
-        lanes = tl.arange(0, BLOCK)
+        lanes = tl.arange(0, BLOCK).to(tl.int64)
         for i in range(start, whole, BLOCK):
             shadow, v = _load(shadow_ptr, v_ptr, i + lanes, None, None)
             along += shadow * v

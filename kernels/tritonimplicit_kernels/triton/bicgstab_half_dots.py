@@ -31,7 +31,7 @@ def _bicgstab_half_dots_kernel(
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    programs = tl.num_programs(0)
+    programs = tl.num_programs(0).to(tl.int64)
     b = (pid // P).to(tl.int64)
     ts = tl.zeros([BLOCK], tl.float64)
     tt = tl.zeros([BLOCK], tl.float64)
@@ -43,7 +43,7 @@ def _bicgstab_half_dots_kernel(
         shadow_ptr += b * ld
         s_ptr += b * ld
         t_ptr += b * ld
-        lanes = tl.arange(0, BLOCK)
+        lanes = tl.arange(0, BLOCK).to(tl.int64)
         for i in range(start, whole, BLOCK):
             shadow, s, t = _load(shadow_ptr, s_ptr, t_ptr, i + lanes, None, None)
             ts += t * s

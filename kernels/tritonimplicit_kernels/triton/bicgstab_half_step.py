@@ -42,7 +42,7 @@ def _bicgstab_half_step_kernel(
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    programs = tl.num_programs(0)
+    programs = tl.num_programs(0).to(tl.int64)
     batch = programs // P
     b = (pid // P).to(tl.int64)
     dtype = r_ptr.dtype.element_ty
@@ -76,7 +76,7 @@ def _bicgstab_half_step_kernel(
         start, whole, end = chunk_bounds(pid % P, ld, P, BLOCK)
         r_ptr += b * ld
         v_ptr += b * ld
-        lanes = tl.arange(0, BLOCK)
+        lanes = tl.arange(0, BLOCK).to(tl.int64)
         for i in range(start, whole, BLOCK):
             squares += _update_block(r_ptr, v_ptr, scale, i + lanes, None, None)
         if whole < end:

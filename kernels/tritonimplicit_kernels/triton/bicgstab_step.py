@@ -66,7 +66,7 @@ def _step(
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    programs = tl.num_programs(0)
+    programs = tl.num_programs(0).to(tl.int64)
     b = (pid // P).to(tl.int64)
     dtype = x_ptr.dtype.element_ty
     unit = tl.load(unit_ptr + b)
@@ -102,7 +102,7 @@ def _step(
             y_ptr += b * ld
             z_ptr += b * ld
         vectors = x_ptr, r_ptr, p_ptr, shadow_ptr, y_ptr, z_ptr, v_ptr, t_ptr
-        lanes = tl.arange(0, BLOCK)
+        lanes = tl.arange(0, BLOCK).to(tl.int64)
         for i in range(start, whole, BLOCK):
             squares += _update_block(*vectors, scalars, i + lanes, None, None)
         if whole < end:

@@ -77,7 +77,7 @@ def _cg_step_kernel(
         x_ptr += b * ld
         r_ptr += b * ld
         p_ptr += b * ld
-        lanes = tl.arange(0, BLOCK)
+        lanes = tl.arange(0, BLOCK).to(tl.int64)
         for s in range(start, whole, BLOCK):
             ap = read_block(ap_ptr, b, ld, s, dtype, BLOCK)
             squares += _update_block(x_ptr, r_ptr, p_ptr, ap, alpha, beta, s + lanes, None, None)

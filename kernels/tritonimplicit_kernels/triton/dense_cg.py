@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tritonimplicit_kernels import status
 from tritonimplicit_kernels.triton.cg_rules import next_code
+from tritonimplicit_kernels.triton.start import start
 
 _RUNNING = tl.constexpr(status.RUNNING)
 _CONVERGED = tl.constexpr(status.CONVERGED)
@@ -114,16 +115,12 @@ def dense_cg(
     size = max(_SMALLEST_BLOCK, triton.next_power_of_2(n))
     words = size * size * a.element_size() // 8
     with torch.cuda.device_of(a):
-        _dense_cg_kernel[(batch,)](
-            a,
-            rhs,
-            threshold,
-            maxiter,
-            solution,
-            state,
-            residual_sq,
-            n,
-            N=size,
+        start(
+            _dense_cg_kernel,
+            a.get_device(),
+            batch,
+            (a, rhs, threshold, maxiter, solution, state, residual_sq, n),
+            (size,),
             num_warps=max(1, words // (32 * _WORDS)),
-            enable_fp_fusion=True,  # the reference adds up in another order anyway
+            fp_fusion=True,  # the reference adds up in another order anyway
         )

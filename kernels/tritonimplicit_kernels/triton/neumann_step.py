@@ -80,7 +80,7 @@ def _neumann_step_kernel(
         start, whole, end = chunk_bounds(pid % P, ld, P, BLOCK)
         x_ptr += b * ld
         b_ptr += b * ld
-        lanes = tl.arange(0, BLOCK)
+        lanes = tl.arange(0, BLOCK).to(tl.int64)
         for s in range(start, whole, BLOCK):
             ax = read_block(ax_ptr, b, ld, s, dtype, BLOCK)
             squares += _update_block(x_ptr, ax, b_ptr, alpha, s + lanes, None, None)

@@ -32,7 +32,7 @@ def _pcg_dots_kernel(
         start, whole, end = chunk_bounds(pid % P, ld, P, BLOCK)
         p_ptr += b * ld
         d_ptr += b * ld
-        lanes = tl.arange(0, BLOCK)
+        lanes = tl.arange(0, BLOCK).to(tl.int64)
         dtype = p_ptr.dtype.element_ty
         for s in range(start, whole, BLOCK):
             p = tl.load(p_ptr + s + lanes).to(tl.float64)

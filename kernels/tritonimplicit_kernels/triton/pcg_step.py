@@ -86,7 +86,7 @@ def _pcg_step_kernel(
         r_ptr += b * ld
         p_ptr += b * ld
         d_ptr += b * ld
-        lanes = tl.arange(0, BLOCK)
+        lanes = tl.arange(0, BLOCK).to(tl.int64)
         for s in range(start, whole, BLOCK):
             ap = read_block(ap_ptr, b, ld, s, dtype, BLOCK)
             square, energy = _update_block(
