@@ -41,7 +41,7 @@ def in_place(trial: Trial, count: int) -> Callable[[], Tensor]:
     """Return what makes a table of the leaves."""
     leaves = leaves_of(trial, count)
     layout = Layout.of(leaves)
-    tables = kernels.LeafTables(layout.starts, layout.sizes, layout.ld, layout.device)
+    tables = kernels.LeafTables(layout.starts, layout.sizes, layout.ld, layout.dtype, layout.device)
     return lambda: tables.table([leaf[None] for leaf in leaves])
 
 

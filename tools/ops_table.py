@@ -143,7 +143,7 @@ def count(op: str, k: int = _COUNTS[0], in_leaves: bool = False) -> Count:
     if not in_leaves:
         return count_on(op, values)
     leaves = [torch.ones(_BATCH, _LD // 2) for _ in range(2)]
-    tables = LeafTables([0, _LD // 2], [_LD // 2] * 2, _LD, "cpu")
+    tables = LeafTables([0, _LD // 2], [_LD // 2] * 2, _LD, torch.float32, "cpu")
     (product,) = PRODUCT & values.keys()
     return count_on(op, values | {product: tables.table(leaves)}, leaves)
 

@@ -36,13 +36,21 @@ def readable(leaf: Tensor) -> bool:
 class LeafTables:
     """Makes the tables of vectors whose leaves lie alike in a row of `ld` elements.
 
-    `starts` and `sizes` are the leaves' in elements; a leaf is given as (B, size).
+    `starts` and `sizes` are the leaves' in elements; a leaf is given as (B, size). `dtype` is that
+    of the vectors which a step updates: float32 or float64.
     """
 
     def __init__(
-        self, starts: Sequence[int], sizes: Sequence[int], ld: int, device: torch.device | str
+        self,
+        starts: Sequence[int],
+        sizes: Sequence[int],
+        ld: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ):
         self._starts, self._sizes = tuple(starts), tuple(sizes)
+        known = DTYPES if dtype is torch.float64 else DTYPES[:-1]
+        self._codes = {leaf_dtype: code for code, leaf_dtype in enumerate(known)}
         groups = torch.tensor([*starts, ld], device="cpu").diff() // GROUP
         numbers = torch.arange(len(starts), dtype=torch.int32, device="cpu")
         self._owners = numbers.repeat_interleave(groups).to(device)
@@ -54,12 +62,14 @@ class LeafTables:
 
         It holds as long as they are kept alive. In a graph that is being captured the memory alone
         is there: `write` fills it once the capture has ended, so that no replay has to.
+
+        Raises TypeError for a leaf of a dtype that the vectors cannot hold.
         """
         words = [self._owners.data_ptr()]
         for leaf, start, size in zip(leaves, self._starts, self._sizes, strict=True):
             origin = leaf.data_ptr() - start * leaf.element_size()
             stride = leaf.stride(0) * leaf.element_size()
-            words += [origin, stride, start + size, DTYPES.index(leaf.dtype)]
+            words += [origin, stride, start + size, self._code(leaf)]
         device = self._owners.device
         if device.type != "cuda":
             return torch.tensor(words, device=device)
@@ -69,6 +79,13 @@ class LeafTables:
         table = torch.empty(len(words), dtype=torch.int64, device=device)
         self._unwritten.append((table, words))
         return table
+
+    def _code(self, leaf: Tensor) -> int:
+        code = self._codes.get(leaf.dtype)
+        if code is None:
+            known = ", ".join(map(str, self._codes))
+            raise TypeError(f"a leaf must be one of {known}, not {leaf.dtype}: convert it")
+        return code
 
     def write(self) -> None:
         """Fill the tables of a graph that has been captured, on the stream that will replay it."""

@@ -52,7 +52,7 @@ def faults(target: Any, kernel: Any, resident: bool = False, **options: int) -> 
     with check.compiling_only(target) as compiled:
         kernel[(1,)](torch.zeros(16), torch.zeros(1), 100, enable_fp_fusion=False, **options)
     (binary,) = compiled.values()
-    return "; ".join(check.report(target, binary).faults(resident))
+    return "; ".join(check.report(target, binary).faults(resident=resident))
 
 
 @TARGETS
@@ -80,6 +80,21 @@ def test_a_kernel_without_a_loop_is_found(target: Any) -> None:
 def test_a_whole_solve_that_loads_in_a_loop_is_found(target: Any) -> None:
     assert faults(target, _wide_kernel, True, BLOCK=2048, num_warps=8) == "loads in a loop"
     assert faults(target, _loopless_kernel, True, BLOCK=2048, num_warps=8) == ""
+
+
+def test_on_leaves_as_many_loads_are_wide_as_on_rows() -> None:
+    report = check.Report(registers=64, spills=2, bulk_widths=["128", "32", "64"], shared=0)
+    assert report.faults(torch.int64, wide=1) == []  # of spills, the budget says how many
+    (found,) = report.faults(torch.int64, wide=2)
+    assert "has 1 wide main-loop loads, where on rows it has 2" in found
+
+
+def test_a_half_product_costs_the_other_vectors_no_wide_load() -> None:
+    report = check.Report(registers=64, spills=0, bulk_widths=["128", "64"], shared=0)
+    assert report.faults(torch.bfloat16, wide=2) == []
+    assert "wide" in "".join(report.faults(torch.bfloat16, wide=4))
+    report.spills = 2
+    assert report.faults(torch.bfloat16, wide=2) == ["spills (2)"]
 
 
 def test_all_kernels_are_known() -> None:

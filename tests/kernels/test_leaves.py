@@ -92,7 +92,7 @@ def both_ways(
     expected = target.run(step)
     moved = step.to(target.device)
     sizes = [form.size for form in forms]
-    tables = LeafTables(starts, sizes, ld, target.device)
+    tables = LeafTables(starts, sizes, ld, dtype, target.device)
     setattr(moved, name, tables.table(leaves))
     moved.launch(target.backend)
     return step, expected, moved.to("cpu")
@@ -194,6 +194,13 @@ def test_what_can_be_read_where_it_lies() -> None:
     assert negative.is_neg() and not readable(negative)
 
 
+@pytest.mark.parametrize("wrong", [F64, torch.int32])
+def test_a_leaf_that_the_vectors_cannot_hold_is_refused(wrong: torch.dtype) -> None:
+    tables = LeafTables([0], [5], 16, torch.float32, "cpu")
+    with pytest.raises(TypeError, match=f"torch.bfloat16, not {wrong}: convert it"):
+        tables.table([torch.zeros(2, 5, dtype=wrong)])
+
+
 @pytest.mark.gpu
 def test_a_graphs_table_is_written_once_after_its_capture() -> None:
     leaves = [torch.zeros(1, 4096, device="cuda"), torch.zeros(1, 5, device="cuda")]
@@ -201,7 +208,7 @@ def test_a_graphs_table_is_written_once_after_its_capture() -> None:
     ld = 4096 + 16
     step = cg(1, ld, torch.float32, partial_count(ld, "cuda")).to("cuda")
     step.launch(target.backend)  # compiles
-    tables = LeafTables([0, 4096], [4096, 5], ld, "cuda")
+    tables = LeafTables([0, 4096], [4096, 5], ld, torch.float32, "cuda")
     target.backend.cg_dots(step.p, tables.table(leaves), step.state, step.dots)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

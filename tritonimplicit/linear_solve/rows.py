@@ -78,7 +78,9 @@ class RowMatvec:
         layout = self.layout
         fills = layout.dtypes == (layout.dtype,) and layout.n == layout.ld
         if self.ridge is None and not fills:
-            self._tables = kernels.LeafTables(layout.starts, layout.sizes, layout.ld, layout.device)
+            self._tables = kernels.LeafTables(
+                layout.starts, layout.sizes, layout.ld, layout.dtype, layout.device
+            )
 
     def product(self, v: Tensor) -> Tensor:
         """A v + ridge v as a fused step takes it: rows, or a table of leaves (int64)."""
