@@ -52,7 +52,7 @@ def _arnoldi_project_kernel(
         w_out_ptr += b * ld
         basis_ptr += b * ld
         row_offsets = rows * ((programs // P) * ld)
-        lanes = tl.arange(0, BLOCK)
+        lanes = tl.arange(0, BLOCK).to(tl.int64)
         for s in range(start, whole, BLOCK):
             dots, square = _project_block(
                 w_ptr, w_out_ptr, basis_ptr, h, row_offsets, have, s + lanes, None, None

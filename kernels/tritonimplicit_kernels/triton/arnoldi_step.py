@@ -81,8 +81,9 @@ def _arnoldi_step_kernel(
     rr = fold(rr_ptr + b * P, P, MAX_P)
     more = fold_rows(second_ptr + b * P, programs, rows, have, P, MAX_P, K)
     h = fold_rows(first_ptr + b * P, programs, rows, have, P, MAX_P, K) + more
-    left_ptr += b * (capacity + 1)
-    column_ptr += b * (capacity + 1)
+    height = capacity.to(tl.int64) + 1
+    left_ptr += b * height
+    column_ptr += b * height
     left = tl.load(left_ptr + rows, mask=have, other=0.0)
     norm_sq = tl.maximum(fold(ww_ptr + b * P, P, MAX_P) - tl.sum(more * more, axis=0), 0.0)
     size_sq = tl.sum(h * h, axis=0) + norm_sq
@@ -116,7 +117,7 @@ def _arnoldi_step_kernel(
             stride = batch * ld
             next_ptr = basis_ptr + count * stride
             row_offsets = rows * stride
-            lanes = tl.arange(0, BLOCK)
+            lanes = tl.arange(0, BLOCK).to(tl.int64)
             for s in range(start, whole, BLOCK):
                 _next_block(
                     *(w_ptr, basis_ptr, next_ptr, more, norm, row_offsets, have),

@@ -34,7 +34,7 @@ def fold_rows(partials_ptr, stride, rows, have, P, MAX_P: tl.constexpr, K: tl.co
     """Add up the P float64 partial sums of each row: (K,), by the same tree in every program."""
     WIDTH: tl.constexpr = MAX_P if K * MAX_P <= 2048 else max(2048 // K, 1)
     total = tl.zeros([K], tl.float64)
-    lanes = tl.arange(0, WIDTH)
+    lanes = tl.arange(0, WIDTH).to(tl.int64)
     for first in tl.static_range(0, MAX_P, WIDTH):
         offsets = first + lanes
         wanted = have[:, None] & (offsets < P)[None, :]
