@@ -81,8 +81,8 @@ def _arnoldi_step_kernel(
     rr = fold(rr_ptr + b * P, P, MAX_P)
     more = fold_rows(second_ptr + b * P, programs, rows, have, P, MAX_P, K)
     h = fold_rows(first_ptr + b * P, programs, rows, have, P, MAX_P, K) + more
-    left_ptr += b * (capacity + 1)
-    column_ptr += b * (capacity + 1)
+    left_ptr += b * (capacity.to(tl.int64) + 1)
+    column_ptr += b * (capacity.to(tl.int64) + 1)
     left = tl.load(left_ptr + rows, mask=have, other=0.0)
     norm_sq = tl.maximum(fold(ww_ptr + b * P, P, MAX_P) - tl.sum(more * more, axis=0), 0.0)
     size_sq = tl.sum(h * h, axis=0) + norm_sq
