@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonimplicit_kernels.layout import MAX_P
+from tritonimplicit_kernels.triton.start import start
 
 # A tile is 16 KiB: with 8 warps, four 128-bit loads a thread.
 _TILE_BYTES: Final = 16384
@@ -50,13 +51,11 @@ def launch_rows(kernel: Any, history: Tensor, partials: int, *args: Tensor | int
         return
     rows = max(8, triton.next_power_of_2(capacity))
     with torch.cuda.device_of(history):  # Triton launches on the current device
-        kernel[(batch * partials,)](
-            *args,
-            ld // 16,
-            partials,
-            MAX_P=MAX_P,
-            K=rows,
-            BLOCK=max(16, _TILE_BYTES // history.element_size() // rows),
-            num_warps=_WARPS,
-            enable_fp_fusion=False,
+        start(
+            kernel,
+            history.get_device(),
+            batch * partials,
+            (*args, ld // 16, partials),
+            (MAX_P, rows, max(16, _TILE_BYTES // history.element_size() // rows)),
+            _WARPS,
         )

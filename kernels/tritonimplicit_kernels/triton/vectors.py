@@ -22,7 +22,7 @@ def read_block(v_ptr, b, ld, s, dtype: tl.constexpr, BLOCK: tl.constexpr):
 
     s is a multiple of 16.
     """
-    offsets = s + tl.arange(0, BLOCK)
+    offsets = s + tl.arange(0, BLOCK).to(tl.int64)
     if v_ptr.dtype.element_ty == tl.int64:
         record = _record(v_ptr, s)
         address = _address(record, b)
@@ -39,7 +39,7 @@ def read_block(v_ptr, b, ld, s, dtype: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def read_tail(v_ptr, b, ld, s, dtype: tl.constexpr, BLOCK: tl.constexpr):
     """Return elements s to s + BLOCK of row b as `read_block` does, zero beyond the row's end."""
-    offsets = s + tl.arange(0, BLOCK)
+    offsets = s + tl.arange(0, BLOCK).to(tl.int64)
     if v_ptr.dtype.element_ty == tl.int64:
         block = _pieces(v_ptr, b, offsets, offsets < ld, dtype)
     else:
