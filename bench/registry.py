@@ -42,6 +42,7 @@ ABOUT = {
     "solvers": "Dense systems from benign to vicious, each library asked for 1e-8 by its own test.",
     "scaling": "How the time of 20 CG iterations grows.",
     "steps": "One CG iteration without its matvec.",
+    "leaves": "One CG iteration whose product comes in several tensors.",
     "memory": "Peak memory of a solve, beyond b and the operator.",
     "memory-deq": "Peak memory of a training step by the number of forward iterations.",
 }
