@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -215,3 +215,22 @@ def combination_oracle(v: Tensor, c: Tensor, vectors: Tensor, eps: float) -> Clo
     terms = c[:, :, None] * vectors.double()
     size = v.double().abs() + terms.abs().sum(0)
     return Close(v.double() - terms.sum(0), (len(c) + 2) * eps * size)
+
+
+_KNOWN_AS = {
+    "multi_dot": {"v": "w", "products": "first"},
+    "arnoldi_step": {"w": "w_out"},
+}
+
+
+def op_arguments(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Return the arguments of a registered op by name, without NaN."""
+    make = anderson if op.startswith("anderson") else arnoldi
+    step: History = make(3, 40, dtype, parts=2)
+    schema = getattr(torch.ops.tritonimplicit, op).default._schema
+    known_as = _KNOWN_AS.get(op, {})
+    given = {a.name: getattr(step, known_as.get(a.name, a.name)) for a in schema.arguments}
+    return {
+        name: value.nan_to_num(0.5) if isinstance(value, Tensor) else value
+        for name, value in given.items()
+    }

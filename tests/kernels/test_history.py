@@ -60,6 +60,19 @@ def test_dots_are_the_oracles(
     assert step.first[count:].isnan().all()
 
 
+def test_a_long_rows_dots_are_no_less_accurate(target: Target) -> None:
+    """All terms are positive: added up in float32 from one end to the other, they err by more."""
+    n = 2**22 if target.backend.name == "reference" else 2**14  # few programs, in the interpreter
+    step = arnoldi(1, n, torch.float32, count=2)
+    step.w.abs_()
+    step.basis.abs_()
+    done = step.to(target.device)
+    done.launch_dots(target.backend)
+    expected = (step.basis[:2].double() * step.w.double()).sum(-1)
+    bound = 2**8 * torch.finfo(torch.float32).eps  # sqrt(2^16), for spans of that length
+    torch.testing.assert_close(done.to("cpu").first[:2].sum(-1), expected, rtol=bound, atol=0)
+
+
 @dtypes
 @sizes
 def test_a_projection_is_the_oracles(

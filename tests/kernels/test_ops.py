@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import tritonimplicit_kernels as kernels
 from tests.kernels.bicgstab_problems import BiCGSTAB, bicgstab, pbicgstab
 from tests.kernels.dense_problems import dense_cg
+from tests.kernels.histories import op_arguments
 from tests.kernels.problems import DTYPES, F64, Step, cg, neumann, pcg
 from tritonimplicit_kernels import ops, reference
 
@@ -30,6 +31,19 @@ ARGUMENTS = {
     "pcg_step": (*PCG_STEP, "rr_out", "rz_out", "state_out", "residual_sq"),
     "neumann_step": NEUMANN_STEP + OUTPUTS,
     "dense_cg": DENSE_CG,
+    "multi_dot": ("v", "basis", "count", "state", "products"),
+    "arnoldi_project": ("w", "basis", "count", "first", "state", "w_out", "second", "ww"),
+    "arnoldi_step": (
+        *("w", "basis", "count", "first", "second", "ww", "left", "column", "norm", "rr", "state"),
+        *("threshold", "maxiter", *OUTPUTS),
+    ),
+    "anderson_dots": (
+        *("image", "z", "z_before", "residual", "residuals", "moves", "slot", "count", "beta"),
+        *("state", "row", "products", "squares"),
+    ),
+    "anderson_mix": (
+        *("z", "residual", "moves", "coefficients", "count", "beta", "state", "z_out"),
+    ),
     "bicgstab_dots": ("shadow", "v", "state", "shadow_dots"),
     "bicgstab_half_step": (
         *("r", "v", "shadow_dots", "rho", "rr", "state", "threshold", "limit", "maxiter"),
@@ -39,8 +53,7 @@ ARGUMENTS = {
     "bicgstab_step": ("x", "r", "p", "shadow", "v", "t", *BICGSTAB_SCALARS, "rr_out"),
     "pbicgstab_step": ("x", "r", "p", "shadow", "y", "z", "v", "t", *BICGSTAB_SCALARS, "rr_out"),
 }
-
-
+ON_HISTORIES = ("multi_dot", "arnoldi_project", "arnoldi_step", "anderson_dots", "anderson_mix")
 MAKE = {
     "cg": cg,
     "pcg": pcg,
@@ -52,6 +65,8 @@ MAKE = {
 
 
 def arguments(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    if op in ON_HISTORIES:
+        return op_arguments(op, dtype)
     make = MAKE[op.split("_")[0]]
     step: Step = make(3, 40, dtype, 2)
     if op in ("cg_step", "pcg_step"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 
 from tritonimplicit_kernels.bench import unfused
+from tritonimplicit_kernels.layout import SHAPES
 
 Values: TypeAlias = dict[str, Tensor]
+VECTORS: Final = 8
+"""k, in a basis or a history of each system."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,19 @@ class Case:
     results: tuple[str, ...]
     sizes: tuple[Size, ...] = ()
     """Where they are not the plan's; those beyond it are left out."""
+    product: torch.dtype | None = None
+    """Of what the matvec returned, where it is not the vectors' dtype."""
 
 
 def _normal(size: Size, device: torch.device, *names: str) -> Values:
     generator = torch.Generator(device).manual_seed(0)
-    shape = size.systems, size.n
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float64)
+
+    row = size.systems, size.n
     return {
-        name: torch.randn(shape, generator=generator, device=device, dtype=torch.float64)
+        name: draw(VECTORS, *row) if SHAPES.get(name) == "K, B, ld" else draw(*row)
         for name in names
     }
 
@@ -76,6 +86,11 @@ def _cg_with_dots(size: Size, device: torch.device) -> Values:
     v = _cg(size, device)
     dots = torch.stack([_dot(v["p"], v["ap"]), _dot(v["ap"], v["ap"])])
     return v | {"dots": dots}
+
+
+def _cg_in_half(size: Size, device: torch.device) -> Values:
+    v = _cg(size, device)
+    return v | {"ap": v["ap"].bfloat16().double()}  # the oracle gets what the ops get
 
 
 def _pcg(size: Size, device: torch.device) -> Values:
@@ -123,6 +138,45 @@ def _bicgstab_half_way(size: Size, device: torch.device) -> Values:
     return v | {"half_dots": dots.view(4, -1, 1), "alpha": alpha}
 
 
+def _arnoldi(size: Size, device: torch.device) -> Values:
+    """Begin iteration k of a cycle: w has a part in each basis vector, and one in none of them.
+
+    The basis is that of a cosine transform, with random signs: orthonormal, no two rows alike.
+    """
+    signs = _normal(size, device, "signs")["signs"].sign()
+    degrees = torch.arange(1, VECTORS + 2, dtype=torch.float64, device=device)[:, None, None]
+    angles = math.pi / size.n * (torch.arange(size.n, device=device) + 0.5).double()
+    basis = torch.cos(degrees * angles) * signs * (2 / size.n) ** 0.5
+    w = unfused.combination(_spread(1, 2, (VECTORS + 1, size.systems), device), basis)
+    basis[VECTORS] = math.nan  # there is room for it
+    left = _spread(1, 2, (size.systems, VECTORS + 2), device)
+    norm = _spread(1, 2, (size.systems,), device)
+    rr = norm[:, None].square() / left[:, :VECTORS].square().sum(1, keepdim=True)
+    return {"w": w, "basis": basis, "left": left, "norm": norm, "rr": rr}
+
+
+def _arnoldi_with_dots(size: Size, device: torch.device) -> Values:
+    """Give half of the dots, so that the rest has some too: else they would be rounding alone."""
+    v = _arnoldi(size, device)
+    return v | {"first": unfused.dots(v["basis"][:VECTORS], v["w"])[..., None] / 2}
+
+
+def _arnoldi_projected(size: Size, device: torch.device) -> Values:
+    v = _arnoldi_with_dots(size, device)
+    v["w_out"] = v.pop("w")
+    return v | {"second": 2 * v["first"], "ww": _dot(v["w_out"], v["w_out"])}
+
+
+def _anderson(size: Size, device: torch.device) -> Values:
+    v = _normal(size, device, "image", "z", "z_before", "residual", "residuals", "moves")
+    return v | {"coefficients": _spread(-1, 1, (size.systems, VECTORS), device)}
+
+
+def _spread(low: float, high: float, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    count = math.prod(shape)
+    return torch.linspace(low, high, count, dtype=torch.float64, device=device).view(shape)
+
+
 def _dense(size: Size, device: torch.device) -> Values:
     """Draw matrices with eigenvalues from 1 to 5, or a little more."""
     v = _normal(Size(size.systems, size.n * size.n), device, "g")
@@ -135,12 +189,18 @@ _XRP = ("x", "r", "p", "rr_out")
 _XRP_RHO = ("x", "r", "p", "rho", "rr_out")
 _SHADOW = ("shadow_dots",)
 _BICGSTAB = ("bicgstab_dots", "bicgstab_half_step", "bicgstab_half_dots", "bicgstab_step")
+_ARNOLDI = ("basis", "column", "left", "rr_out")
+_ANDERSON = ("residual", "residuals", "moves", "row", "products", "squares")
 _DENSE_SIZES = (Size(1, 128), Size(64, 64), Size(1024, 32))
 
 CASES: Final = (
     Case("cg_dots", ("cg_dots",), 2, _cg, unfused.cg_dots, ("dots",)),
     Case("cg_step", ("cg_step",), 7, _cg_with_dots, unfused.cg_step, _XRP),
     Case("cg", ("cg_dots", "cg_step"), 9, _cg, unfused.cg, _XRP),
+    Case(
+        *("cg_bf16", ("cg_dots", "cg_step"), 9, _cg_in_half, unfused.cg_in_half, _XRP),
+        product=torch.bfloat16,
+    ),
     Case("pcg_dots", ("pcg_dots",), 3, _pcg, unfused.pcg_dots, ("dots",)),
     Case("pcg_step", ("pcg_step",), 8, _pcg_with_dots, unfused.pcg_step, (*_XRP, "rz_out")),
     Case("pcg", ("pcg_dots", "pcg_step"), 11, _pcg, unfused.pcg, (*_XRP, "rz_out")),
@@ -163,6 +223,31 @@ CASES: Final = (
     ),
     Case("bicgstab", _BICGSTAB, 16, _bicgstab, unfused.bicgstab, _XRP_RHO),
     Case("dense_cg", ("dense_cg",), 1, _dense, unfused.dense_cg, ("solution",), _DENSE_SIZES),
+    Case("multi_dot", ("multi_dot",), VECTORS + 1, _arnoldi, unfused.multi_dot, ("first",)),
+    Case(
+        *("arnoldi_project", ("arnoldi_project",), VECTORS + 2, _arnoldi_with_dots),
+        *(unfused.arnoldi_project, ("w_out", "second", "ww")),
+    ),
+    Case(
+        *("arnoldi_step", ("arnoldi_step",), VECTORS + 2, _arnoldi_projected),
+        *(unfused.arnoldi_step, _ARNOLDI),
+    ),
+    Case(
+        *("arnoldi", ("multi_dot", "arnoldi_project", "arnoldi_step"), 3 * VECTORS + 5),
+        *(_arnoldi, unfused.arnoldi, _ARNOLDI),
+    ),
+    Case(
+        *("anderson_dots", ("anderson_dots",), VECTORS + 6, _anderson),
+        *(unfused.anderson_dots, _ANDERSON),
+    ),
+    Case(
+        *("anderson_mix", ("anderson_mix",), VECTORS + 3, _anderson),
+        *(unfused.anderson_mix, ("z_out",)),
+    ),
+    Case(
+        *("anderson", ("anderson_dots", "anderson_mix"), 2 * VECTORS + 9, _anderson),
+        *(unfused.anderson, (*_ANDERSON, "z_out")),
+    ),
     Case("neumann_step", ("neumann_step",), 4, _neumann, unfused.neumann_step, ("x", "rr_out")),
 )
 BY_NAME: Final = {case.name: case for case in CASES}

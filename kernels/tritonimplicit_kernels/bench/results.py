@@ -63,7 +63,7 @@ class Report:
 
 
 _WIDTHS = {
-    **{"case": 14, "dtype": 8, "B": 5, "n": 10, "error": 6},
+    **{"case": 18, "dtype": 8, "B": 5, "n": 10, "error": 6},
     **{"µs": 10, "p20": 10, "p80": 10, "unfused": 10, "ratio": 6},
     **{"GB/s": 6, "of copy": 8, "remark": 6},
 }

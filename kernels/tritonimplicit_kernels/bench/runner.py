@@ -108,8 +108,7 @@ def _timed(row: Row, trial: Trial, device: torch.device, plan: Plan, copied: flo
     if wrong:
         return replace(row, remark=f"wrong answer, not timed: {', '.join(wrong)}")
     times = {name: Times.of(seconds) for name, seconds in taken.items()}
-    vector = next(iter(trial.arguments.values()))  # or a matrix, which a whole solve reads
-    bandwidth = row.passes * vector.nbytes / times[OURS].p50
+    bandwidth = trial.bytes / times[OURS].p50
     return replace(
         row,
         ours=times[OURS],

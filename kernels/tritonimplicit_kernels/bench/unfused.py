@@ -1,6 +1,7 @@
 """The ops' work in plain torch, a line a step: the oracle in float64, a contender otherwise.
 
-Vectors are (n,) for one system, or (B, n) with scalars (B, 1).
+Vectors are (n,) for one system, or (B, n) with scalars (B, 1). What becomes part of a basis or a
+history, (K, n) or (K, B, n), is written there; nothing else that is given changes.
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ def cg(
     rr_new = dot(r, r)
     p = r + (rr_new / rr) * p
     return x, r, p, rr_new
+
+
+def cg_in_half(
+    x: Tensor, r: Tensor, p: Tensor, ap: Tensor, rr: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the same of a product in half precision."""
+    return cg(x, r, p, ap.to(p.dtype), rr)
 
 
 def pcg_dots(p: Tensor, ap: Tensor, d: Tensor) -> tuple[Tensor, ...]:
@@ -149,6 +157,100 @@ def bicgstab(
     rho_new = dot(shadow, r)
     p = r + (rho_new / rho) * (alpha / omega) * (p - omega * v)
     return x, r, p, rho_new, dot(r, r)
+
+
+def dots(basis: Tensor, v: Tensor) -> Tensor:
+    """Return basis[j].v as (k,), or (k, B)."""
+    if v.ndim == 1:
+        return basis @ v
+    return torch.bmm(v[:, None], basis.permute(1, 2, 0))[:, 0].T
+
+
+def combination(c: Tensor, basis: Tensor) -> Tensor:
+    """Return the sum of c[j] basis[j], c being (k,) or (k, B)."""
+    if c.ndim == 1:
+        return c @ basis
+    return torch.bmm(c.T[:, None], basis.transpose(0, 1))[:, 0]
+
+
+def multi_dot(w: Tensor, basis: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Return basis[j].w."""
+    return (dots(basis[:count], w),)
+
+
+def arnoldi_project(w: Tensor, basis: Tensor, count: int, first: Tensor) -> tuple[Tensor, ...]:
+    """Return w less its part in the basis, and that rest's dots with the basis and itself."""
+    vectors = basis[:count]
+    w = w - combination(first[..., 0], vectors)
+    return w, dots(vectors, w), dot(w, w)
+
+
+def arnoldi_step(
+    w_out: Tensor,
+    basis: Tensor,
+    count: int,
+    first: Tensor,
+    second: Tensor,
+    left: Tensor,
+    norm: Tensor,
+) -> tuple[Tensor, ...]:
+    """Return the next basis vector, H's column, Ayachour's next g and the squared residual norm."""
+    more = second[..., 0]
+    w = w_out - combination(more, basis[:count])
+    entry = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+    torch.div(w, entry, out=basis[count])
+    h, g = (first[..., 0] + more).movedim(0, -1), left[..., :count]
+    growth = -(g * h).sum(-1, keepdim=True) / entry
+    scale = g.square().sum(-1, keepdim=True) + growth.square()
+    return basis[count], torch.cat([h, entry], -1), growth, _per_row(norm, w).square() / scale
+
+
+def arnoldi(w: Tensor, basis: Tensor, count: int, left: Tensor, norm: Tensor) -> tuple[Tensor, ...]:
+    """Return the same after classical Gram-Schmidt, twice."""
+    (first,) = multi_dot(w, basis, count)
+    w, second, _ = arnoldi_project(w, basis, count, first[..., None])
+    return arnoldi_step(w, basis, count, first[..., None], second[..., None], left, norm)
+
+
+def anderson_dots(
+    image: Tensor,
+    z: Tensor,
+    z_before: Tensor,
+    residual: Tensor,
+    residuals: Tensor,
+    moves: Tensor,
+    slot: int,
+    beta: float,
+) -> tuple[Tensor, ...]:
+    """Return the residual, what is remembered of the last step, its dots, and two squared norms."""
+    now = image - z
+    change = torch.sub(now, residual, out=residuals[slot])
+    move = torch.add(z - z_before, change, alpha=beta, out=moves[slot])
+    squares = torch.stack([dot(now, now), dot(image, image)])
+    return now, change, move, dots(residuals, change), dots(residuals, now), squares
+
+
+def anderson_mix(
+    z: Tensor, residual: Tensor, moves: Tensor, coefficients: Tensor, beta: float
+) -> tuple[Tensor, ...]:
+    """Return the next iterate."""
+    return (z + beta * residual - combination(coefficients.movedim(-1, 0), moves),)
+
+
+def anderson(
+    image: Tensor,
+    z: Tensor,
+    z_before: Tensor,
+    residual: Tensor,
+    residuals: Tensor,
+    moves: Tensor,
+    coefficients: Tensor,
+    slot: int,
+    beta: float,
+) -> tuple[Tensor, ...]:
+    """Return both, the least squares between them being solved."""
+    found = anderson_dots(image, z, z_before, residual, residuals, moves, slot, beta)
+    return *found, *anderson_mix(z, found[0], moves, coefficients, beta)
 
 
 def dense_cg(a: Tensor, rhs: Tensor) -> tuple[Tensor, ...]:

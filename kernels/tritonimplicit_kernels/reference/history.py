@@ -1,8 +1,9 @@
 """Products with several vectors of each system at once, (k, B, ld).
 
 On the CPU they are BLAS's, in the vectors' own precision: to widen them to float64 first would move
-several times their bytes. A user's autocast does not reach them, as each writes into memory that it
-is given.
+several times their bytes. As BLAS adds up a row from one end to the other, with an error that grows
+with it, those of a long row are sums, in float64, of its spans'. A user's autocast does not reach
+them, as each writes into memory that it is given.
 """
 
 from __future__ import annotations
@@ -16,23 +17,29 @@ from tritonimplicit_kernels.reference.dots import row_dots
 
 _LONG: Final = 2**14
 """Longer rows have a product of their own each, whose bits a batch cannot change."""
+_SPAN: Final = 2**16
+"""Elements of a row that BLAS adds up: a call is far below what it reads then."""
 
 
 def row_products(vectors: Tensor, v: Tensor) -> Tensor:
     """Return vectors[j].v of each row, (k, B); vectors (k, B, ld), v (B, ld).
 
-    They are of the vectors' dtype on the CPU, elsewhere float64.
+    They are float64; of short rows on the CPU, of the vectors' dtype.
     """
     if v.device.type != "cpu":
         return torch.stack([row_dots(vector, v) for vector in vectors.unbind()])
     count, batch, ld = vectors.shape
-    out = v.new_empty(batch, 1, count)
     if ld <= _LONG:
         # As rows: the product with a column is many times slower.
+        out = v.new_empty(batch, 1, count)
         torch.bmm(v.unsqueeze(1), vectors.permute(1, 2, 0), out=out)
     else:
+        spans = [slice(start, start + _SPAN) for start in range(0, ld, _SPAN)]
+        parts = v.new_empty(batch, len(spans), count)
         for row in range(batch):
-            torch.mv(vectors[:, row], v[row], out=out[row, 0])
+            for span, part in zip(spans, parts[row].unbind(), strict=True):
+                torch.mv(vectors[:, row, span], v[row, span], out=part)
+        out = parts.sum(1, keepdim=True, dtype=torch.float64)
     return out.squeeze(1).T
 
 
