@@ -69,9 +69,10 @@ _ADVICE = {
         "which may be far off: see its residual"
     ),
     Status.DIVERGED: (
-        "diverged: a Neumann series needs every |1 - alpha * eigenvalue| < 1. Check the sign (a "
-        "fixed point z = f(z) is the root of z - f(z), not of f(z) - z), use a smaller alpha, or "
-        "another solver"
+        "diverged: the residual grew beyond what can be recovered. CG needs a symmetric definite "
+        "matrix; a Neumann series needs every |1 - alpha * eigenvalue| < 1: check the sign (a fixed "
+        "point z = f(z) is the root of z - f(z), not of f(z) - z), or use a smaller alpha. "
+        "solve_gmres takes any matrix"
     ),
     Status.PRECONDITIONER: (
         "found the preconditioner M not symmetric and definite (r.M r vanished or changed sign): "

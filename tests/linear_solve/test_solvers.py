@@ -361,3 +361,13 @@ def test_a_value_too_large_for_its_dtype_is_not_finite(solver):
         assert solution.status[1] == Status.BREAKDOWN
     else:
         assert solution.status[1] == Status.NON_FINITE and solution.value[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cg_on_a_matrix_that_is_not_symmetric_says_that_it_diverges(dtype):
+    rotation = torch.tensor([[1.0, 3.0], [-3.0, 1.0]], dtype=dtype)  # v.Av is positive all the same
+    b = torch.tensor([1.0, 0.0], dtype=dtype)
+    solver = CG(maxiter=40)
+    assert solver.solve(lambda v: rotation @ v, b).status == Status.DIVERGED
+    with pytest.warns(ti.ConvergenceWarning, match="symmetric definite"):
+        solver(lambda v: rotation @ v, b)

@@ -121,11 +121,15 @@ def solve_and_verify(
     residual_norm = torch.full_like(progress.threshold, math.inf)
     present: frozenset[Status] | None = None
     vanishing = _vanishing(recurrence.b)
+    # CG's residual grows by at most the square root of the condition number, on the way to x.
+    too_large = progress.residual_sq / torch.finfo(recurrence.b.dtype).eps
     while True:
         by_poll = iterate(solver, recurrence, remaining)
         recurrence.finish()
         progress.settle()
         status, iterations = progress.state
+        grown = (status == codes.MAX_ITERATIONS) & (progress.residual_sq > too_large)
+        status.masked_fill_(grown, codes.DIVERGED)
         if not (by_poll or always or blind):
             present = statuses_in(status)
             if not present & {Status.CONVERGED, Status.STAGNATED}:
