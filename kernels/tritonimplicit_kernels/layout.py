@@ -90,8 +90,10 @@ def check_memory(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if name in _VECTORS and tensor.data_ptr() % 16:
             raise ValueError(f"{name} must start at a multiple of 16 bytes in memory: clone it")
+        if not name.endswith("_out") or tensor.numel() == 0:  # what is empty has no memory
+            continue
         source = tensors.get(name.removesuffix("_out"))
-        if name.endswith("_out") and source is not None and source.data_ptr() == tensor.data_ptr():
+        if source is not None and source.data_ptr() == tensor.data_ptr():
             raise ValueError(f"{name} must have memory of its own, apart from its input's")
 
 

@@ -16,6 +16,7 @@ from tests.kernels.bicgstab_problems import BiCGSTAB, bicgstab, pbicgstab
 from tests.kernels.dense_problems import dense_cg
 from tests.kernels.histories import op_arguments
 from tests.kernels.problems import DTYPES, F64, Step, cg, neumann, pcg
+from tools.op_arguments import arguments as made_up_arguments
 from tritonimplicit_kernels import ops, reference
 
 CG_STEP = ("x", "r", "p", "ap", "dots", "rr", "state", "threshold", "maxiter")
@@ -155,6 +156,12 @@ def test_an_op_is_the_backends_function(op: str) -> None:
     for name, value in ours.items():
         if isinstance(value, Tensor):
             assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_an_op_takes_no_systems(op: str) -> None:
+    tensors = made_up_arguments(op, torch.float32, batch=0, ld=48, partials=2)
+    assert getattr(kernels, op)(**tensors) is None
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
