@@ -195,6 +195,7 @@ def test_every_wrong_argument_is_named(op: str) -> None:
         (lambda a: a | {"rr": a["rr"][:, :1]}, r"rr must be \(B, P\), here \(3, 2\), not \(3, 1\)"),
         (lambda a: a | {"state": a["state"].long()}, "state must be torch.int32"),
         (lambda a: a | {"r": a["r"].T.contiguous().T}, "r must be contiguous"),
+        (lambda a: a | {"maxiter": 2**31}, "maxiter must be from 0 to 2147483647"),
         (lambda a: a | {"rr_out": a["rr"]}, "rr_out must have memory of its own"),
         (lambda a: a | {"state_out": a["state"]}, "state_out must have memory of its own"),
         (lambda a: a | {"r": torch.zeros(3 * 48 + 1)[1:].view(3, 48)}, "multiple of 16 bytes"),
