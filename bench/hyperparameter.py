@@ -143,7 +143,11 @@ def direct(given: Penalised) -> At:
 
 def by_textbook_cg(given: Penalised) -> At:
     matrix = given.hessian()
-    return lambda k: given.pulled_back(textbook.cg(lambda v: matrix @ v, given.cotangent, k))
+
+    def at(k: int) -> Tensor:
+        return given.pulled_back(textbook.guarded_cg(lambda v: matrix @ v, given.cotangent, k))
+
+    return at
 
 
 def by_series(given: Penalised) -> At:

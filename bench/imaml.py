@@ -55,7 +55,9 @@ class Imaml:
         )
 
 
-def plain_run(problem: Imaml, solver: str, iterations: int) -> Run:
+def plain_run(
+    problem: Imaml, solver: str, iterations: int, cg: textbook.Solve = textbook.cg
+) -> Run:
     """The hypergradient by autograd and textbook CG on flat vectors, with nobody's library."""
     like = problem.solution
     batch = like[0].shape[: int(problem.batched)]
@@ -78,7 +80,7 @@ def plain_run(problem: Imaml, solver: str, iterations: int) -> Run:
         matvec, b = hvp, -flat(problem.cotangents)
         if solver == "normal_cg":  # the Hessian is its own transpose
             matvec, b = lambda v: hvp(hvp(v)), hvp(b)
-        u = textbook.cg(matvec, b, iterations)
+        u = cg(matvec, b, iterations)
         return torch.autograd.grad(slope, problem.meta, unflat(u))
 
     return run
@@ -86,7 +88,7 @@ def plain_run(problem: Imaml, solver: str, iterations: int) -> Run:
 
 def expected(problem: Imaml, solver: str, iterations: int) -> Tensors:
     """The same iteration in float64."""
-    return plain_run(problem.double(), solver, iterations)()
+    return plain_run(problem.double(), solver, iterations, textbook.guarded_cg)()
 
 
 def entries(

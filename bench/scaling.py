@@ -34,7 +34,7 @@ def diagonal(*shape: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def exact(d: Tensor, b: Tensor) -> Tensors:
     """The same iterations in float64, as one vector or a batch of rows."""
     double = d.double()
-    return (textbook.cg(lambda v: double * v, b.double(), ITERATIONS),)
+    return (textbook.guarded_cg(lambda v: double * v, b.double(), ITERATIONS),)
 
 
 def problem(about: str, d: Tensor, b: Tensor, entries: list[Entry | Absent]) -> Problem:
