@@ -18,6 +18,9 @@ MAX_P: Final = 256
 MAX_DENSE: Final = 128
 """The most unknowns of a dense system."""
 
+MOST_ITERATIONS: Final = 2**31 - 1
+"""What a system's iterations, in int32, can be compared with."""
+
 _VECTOR_DTYPES = (torch.float32, torch.float64)
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
 PRODUCT: Final = frozenset({"ap", "ax"})
@@ -90,14 +93,23 @@ def check_memory(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if name in _VECTORS and tensor.data_ptr() % 16:
             raise ValueError(f"{name} must start at a multiple of 16 bytes in memory: clone it")
+        if not name.endswith("_out") or tensor.numel() == 0:  # what is empty has no memory
+            continue
         source = tensors.get(name.removesuffix("_out"))
-        if name.endswith("_out") and source is not None and source.data_ptr() == tensor.data_ptr():
+        if source is not None and source.data_ptr() == tensor.data_ptr():
             raise ValueError(f"{name} must have memory of its own, apart from its input's")
 
 
 def check_counts(counts: dict[str, int], **tensors: Tensor) -> None:
-    """Raise ValueError unless `count` vectors of a history, and the one in `slot`, are there."""
-    limits = {"count": (1, _capacity(**tensors)), "slot": (0, counts.get("count", 0) - 1)}
+    """Raise ValueError unless `count` vectors of a history, and the one in `slot`, are there.
+
+    And unless the int32 counters of the systems can reach `maxiter`.
+    """
+    limits = {
+        "count": (1, _capacity(**tensors)),
+        "slot": (0, counts.get("count", 0) - 1),
+        "maxiter": (0, MOST_ITERATIONS),
+    }
     for name in limits.keys() & counts.keys():
         low, high = limits[name]
         if not low <= counts[name] <= high:

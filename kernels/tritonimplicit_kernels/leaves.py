@@ -54,16 +54,29 @@ class LeafTables:
         groups = torch.tensor([*starts, ld], device="cpu").diff() // GROUP
         numbers = torch.arange(len(starts), dtype=torch.int32, device="cpu")
         self._owners = numbers.repeat_interleave(groups).to(device)
-        self._unwritten: list[tuple[Tensor, list[int]]] = []
+        # Two words at a time: each table of a reserve starts at a multiple of 16 bytes.
+        self._width = -(-(1 + RECORD * len(self._starts)) // 2) * 2
+        self._reserve = torch.empty(0, self._width, dtype=torch.int64, device=device)
+        self._unwritten: list[list[int]] = []
         self._of_graphs: list[Tensor] = []
+
+    def reserve(self, count: int) -> None:
+        """Make memory for `count` tables, to be called before a graph that has them is captured.
+
+        What is made in a capture shares the graph's memory with what was freed earlier in it, such
+        as a matvec's temporaries, which every replay writes again.
+        """
+        self._reserve = self._reserve.new_empty(count, self._width)
+        self._unwritten.clear()  # of a capture that failed
 
     def table(self, leaves: Sequence[Tensor]) -> Tensor:
         """Return the table of these leaves, each `readable` and no wider than the vectors' dtype.
 
-        It holds as long as they are kept alive. In a graph that is being captured the memory alone
-        is there: `write` fills it once the capture has ended, so that no replay has to.
+        It holds as long as they are kept alive. In a graph that is being captured it is the next of
+        those reserved: `write` fills it once the capture has ended, so that no replay has to.
 
-        Raises TypeError for a leaf of a dtype that the vectors cannot hold.
+        Raises TypeError for a leaf of a dtype that the vectors cannot hold, RuntimeError in a graph
+        with more tables than were reserved.
         """
         words = [self._owners.data_ptr()]
         for leaf, start, size in zip(leaves, self._starts, self._sizes, strict=True):
@@ -71,14 +84,20 @@ class LeafTables:
             stride = leaf.stride(0) * leaf.element_size()
             words += [origin, stride, start + size, self._code(leaf)]
         device = self._owners.device
-        if device.type != "cuda":
-            return torch.tensor(words, device=device)
-        if not torch.cuda.is_current_stream_capturing():
-            host = torch.tensor(words, device="cpu", pin_memory=True)
-            return host.to(device, non_blocking=True)
-        table = torch.empty(len(words), dtype=torch.int64, device=device)
-        self._unwritten.append((table, words))
-        return table
+        if _captures(device):
+            return self._reserved(words)
+        host = torch.tensor(words, device="cpu", pin_memory=device.type == "cuda")
+        return host.to(device, non_blocking=True)
+
+    def _reserved(self, words: list[int]) -> Tensor:
+        taken, count = len(self._unwritten), len(self._reserve)
+        if taken == count:
+            raise RuntimeError(
+                f"a graph has more tables than the {count} reserved: call `reserve` with their "
+                "number before the capture"
+            )
+        self._unwritten.append(words)
+        return self._reserve[taken, : len(words)]
 
     def _code(self, leaf: Tensor) -> int:
         code = self._codes.get(leaf.dtype)
@@ -89,7 +108,14 @@ class LeafTables:
 
     def write(self) -> None:
         """Fill the tables of a graph that has been captured, on the stream that will replay it."""
-        for table, words in self._unwritten:
-            table.copy_(torch.tensor(words, device="cpu"))
-            self._of_graphs.append(table)  # kept: the graph has its address alone
-        self._unwritten.clear()
+        if not self._unwritten:
+            return
+        words = torch.tensor(self._unwritten, device="cpu")
+        self._reserve[: len(words), : words.shape[1]].copy_(words)
+        self._of_graphs.append(self._reserve)  # kept: the graph has its address alone
+        self.reserve(0)
+
+
+def _captures(device: torch.device) -> bool:
+    """Whether a graph is being captured from the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -481,6 +481,7 @@ def test_what_is_recorded_in_a_log():
         (lambda: Picard(rtol=-1), ValueError, "rtol must not be negative"),
         (lambda: Picard(maxiter=2.0), TypeError, "maxiter must be an int"),
         (lambda: Picard(maxiter=None), TypeError, "maxiter must be an int"),
+        (lambda: Picard(maxiter=2**31), ValueError, "maxiter must be at most 2147483647"),
         (lambda: Picard(m=5), TypeError, "m"),
         (lambda: Picard()(torch.cos, torch.ones(2), m=5), TypeError, "Picard has no field m"),
         (lambda: Picard()(3, torch.ones(2)), TypeError, "f must be a function"),

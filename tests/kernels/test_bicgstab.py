@@ -180,6 +180,41 @@ def test_where_a_denominator_is_lost_it_begins_afresh(
     torch.testing.assert_close(done.rr_out.sum(1), row_dots(done.r, done.r) * step.unit.square())
 
 
+@every_form
+def test_where_the_square_of_the_second_product_underflows_it_begins_afresh(
+    target: Target, make: type
+) -> None:
+    step: BiCGSTAB = make(2, 20, F64)
+    step.diagonal[0] *= 1e-170
+    done = target.run(step)
+    assert done.half_dots[1, 0].sum() == 0 and done.half_dots[0, 0].sum() != 0  # t.t and t.s
+    assert done.rho[0] == 0 and done.rho[1] != 0
+    assert torch.equal(done.p[0], done.r[0]) and torch.equal(done.shadow[0], done.r[0])
+    assert done.p.isfinite().all() and done.x.isfinite().all()
+    assert not torch.equal(done.x[0], step.x[0])  # the first half is done
+    assert_same_bits(target.run(step.select([0])), done.select([0]))
+
+
+@every_form
+def test_where_what_beta_is_divided_by_underflows_it_begins_afresh(
+    target: Target, make: type
+) -> None:
+    step: BiCGSTAB = make(2, 20, F64)
+    # r^.v is of the order of 1e-270, omega of 1e-100: each is there, their product is not.
+    step.v[0] *= 1e-150
+    step.shadow[0] *= 1e-120
+    step.rho[0] *= 1e-270
+    step.diagonal[0] *= 1e100
+    done = target.run(step)
+    omega = done.half_dots[0].sum(1) / done.half_dots[1].sum(1)
+    along = done.shadow_dots[0].sum(1)
+    assert along[0] != 0 and omega[0] != 0 and along[0] * omega[0] == 0
+    assert done.rho[0] == 0 and done.rho[1] != 0
+    assert torch.equal(done.p[0], done.r[0]) and torch.equal(done.shadow[0], done.r[0])
+    assert done.p.isfinite().all() and done.x.isfinite().all()
+    assert_same_bits(target.run(step.select([0])), done.select([0]))
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @every_form
 def test_a_second_product_that_is_not_finite_shows_in_x_and_the_residual(

@@ -344,15 +344,18 @@ def test_a_system_is_the_same_alone_and_in_a_batch(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("n", [16, 48, 1008, 2304, 16384, 16400, 70000])
 @dtypes
 @both
 def test_the_references_bits_are_a_systems_own(
-    make: Callable[..., History], n: int, dtype: torch.dtype, threads: int
+    make: Callable[..., History], n: int, count: int, dtype: torch.dtype, threads: int
 ) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    step = make(7, n, dtype)
+    step = make(7, n, dtype, count)
+    if isinstance(step, Anderson):
+        step.slot = count - 1
     together = step.to("cpu")
     together.launch(reference)
     for systems in ([0], [3, 5], [1, 2, 3, 4, 5, 6]):

@@ -201,6 +201,32 @@ def test_a_leaf_that_the_vectors_cannot_hold_is_refused(wrong: torch.dtype) -> N
         tables.table([torch.zeros(2, 5, dtype=wrong)])
 
 
+def test_a_graphs_tables_lie_in_memory_made_before_its_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    leaves = [torch.zeros(2, 5), torch.zeros(2, 3)]
+    tables = LeafTables([0, 16], [5, 3], 32, torch.float32, "cpu")
+    products = [[leaf + k for leaf in leaves] for k in range(3)]
+    for _ in range(2):  # one graph, and another
+        tables.reserve(3)
+        room = tables._reserve.fill_(7)
+        with monkeypatch.context() as capture:
+            capture.setattr("tritonimplicit_kernels.leaves._captures", lambda device: True)
+            made = [tables.table(product) for product in products]
+            with pytest.raises(RuntimeError, match="more tables than the 3 reserved"):
+                tables.table(leaves)
+        for k, table in enumerate(made):
+            assert table.data_ptr() == room[k].data_ptr() and table.data_ptr() % 16 == 0
+            assert (table == 7).all()  # not written yet
+        tables.write()
+        for table, product in zip(made, products, strict=True):
+            assert torch.equal(table, tables.table(product))
+    with monkeypatch.context() as capture:
+        capture.setattr("tritonimplicit_kernels.leaves._captures", lambda device: True)
+        with pytest.raises(RuntimeError, match="more tables than the 0 reserved"):
+            tables.table(leaves)
+
+
 @pytest.mark.gpu
 def test_a_graphs_table_is_written_once_after_its_capture() -> None:
     leaves = [torch.zeros(1, 4096, device="cuda"), torch.zeros(1, 5, device="cuda")]
@@ -210,8 +236,12 @@ def test_a_graphs_table_is_written_once_after_its_capture() -> None:
     step.launch(target.backend)  # compiles
     tables = LeafTables([0, 4096], [4096, 5], ld, torch.float32, "cuda")
     target.backend.cg_dots(step.p, tables.table(leaves), step.state, step.dots)
+    tables.reserve(1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        # Each replay writes them, in memory that the capture gives away to what is of their size.
+        temporaries = [torch.ones(9, dtype=torch.int64, device="cuda") for _ in range(4)]
+        del temporaries
         made = [leaf + 2 for leaf in leaves]
         target.backend.cg_dots(step.p, tables.table(made), step.state, step.dots)
     tables.write()

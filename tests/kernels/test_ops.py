@@ -16,6 +16,7 @@ from tests.kernels.bicgstab_problems import BiCGSTAB, bicgstab, pbicgstab
 from tests.kernels.dense_problems import dense_cg
 from tests.kernels.histories import op_arguments
 from tests.kernels.problems import DTYPES, F64, Step, cg, neumann, pcg
+from tools.op_arguments import arguments as made_up_arguments
 from tritonimplicit_kernels import ops, reference
 
 CG_STEP = ("x", "r", "p", "ap", "dots", "rr", "state", "threshold", "maxiter")
@@ -158,6 +159,12 @@ def test_an_op_is_the_backends_function(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
+def test_an_op_takes_no_systems(op: str) -> None:
+    tensors = made_up_arguments(op, torch.float32, batch=0, ld=48, partials=2)
+    assert getattr(kernels, op)(**tensors) is None
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
 def test_every_wrong_argument_is_named(op: str) -> None:
     for name, value in arguments(op).items():
         if not isinstance(value, Tensor):
@@ -188,6 +195,7 @@ def test_every_wrong_argument_is_named(op: str) -> None:
         (lambda a: a | {"rr": a["rr"][:, :1]}, r"rr must be \(B, P\), here \(3, 2\), not \(3, 1\)"),
         (lambda a: a | {"state": a["state"].long()}, "state must be torch.int32"),
         (lambda a: a | {"r": a["r"].T.contiguous().T}, "r must be contiguous"),
+        (lambda a: a | {"maxiter": 2**31}, "maxiter must be from 0 to 2147483647"),
         (lambda a: a | {"rr_out": a["rr"]}, "rr_out must have memory of its own"),
         (lambda a: a | {"state_out": a["state"]}, "state_out must have memory of its own"),
         (lambda a: a | {"r": torch.zeros(3 * 48 + 1)[1:].view(3, 48)}, "multiple of 16 bytes"),

@@ -21,6 +21,7 @@ from tritonimplicit_kernels import (
     row_weighted_squares,
     status,
 )
+from tritonimplicit_kernels.reference import dots
 from tritonimplicit_kernels.reference.dots import LONG
 from tritonimplicit_kernels.reference.tiles import TILE
 
@@ -167,6 +168,16 @@ def test_the_reference_runs_on_a_gpu(make: type, dtype: torch.dtype) -> None:
     dots = row_dots(step.r.to("cuda"), step.p.to("cuda")).cpu()
     bound = 1000**0.5 * 2.0**-52 * (step.r.double() * step.p.double()).abs().sum(1)
     assert ((dots - row_dots(step.r, step.p)).abs() <= bound).all()
+
+
+def test_no_memory_is_kept_but_the_threads_room() -> None:
+    """Rows so short that their padding is most of a tile: several times the room."""
+    rows = torch.ones(2**17, 1)
+    with torch.inference_mode():
+        assert torch.equal(row_norms(rows), torch.ones(2**17, dtype=F64))
+    assert torch.equal(row_norms(rows), torch.ones(2**17, dtype=F64))
+    kept = {room.first.untyped_storage().data_ptr() for room in dots._ROOM.views.values()}
+    assert kept <= {dots._ROOM.memory.untyped_storage().data_ptr()}
 
 
 def test_one_partial_sum_a_row() -> None:

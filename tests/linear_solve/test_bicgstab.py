@@ -76,6 +76,16 @@ def test_a_residual_that_grows_beyond_all_digits_has_diverged():
     assert Status.DIVERGED in found and Status.CONVERGED not in found
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_matrix_whose_squares_underflow_is_no_error(batch):
+    scale = torch.linspace(1, 2, 6, dtype=DOUBLE) * 1e-170
+    b = torch.ones(batch, 6, dtype=DOUBLE)
+    solver = BiCGSTAB(rtol=0.1, maxiter=100, batch_ndim=1)
+    solution = solver.solve(lambda v: scale * v, b)
+    assert solution.status.tolist() == [Status.CONVERGED] * batch
+    assert (scale * solution.value - b).norm(dim=1).le(0.1 * b.norm(dim=1)).all()
+
+
 def test_a_solution_that_overflows_is_not_finite():
     # A tiny matrix: the residual of so large an x is small, and no float32 number is x.
     solution = BiCGSTAB(maxiter=3).solve(lambda v: v * 1e-20, torch.full((4,), 1e30))

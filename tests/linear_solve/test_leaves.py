@@ -155,6 +155,48 @@ def test_leaves_are_copied_only_where_they_must_be():
     assert table.dtype is torch.int64 and table.shape == (1 + 4 * 4,)
 
 
+def test_a_graphs_products_have_tables_made_before_it(monkeypatch):
+    b = (torch.randn(6), torch.randn(4))
+    apply, v, _ = product_of(b, lambda v: tuple(2 * leaf for leaf in v))
+    apply.before_capture(2)
+    with monkeypatch.context() as capture:
+        capture.setattr("tritonimplicit_kernels.leaves._captures", lambda device: True)
+        first, second = apply.product(v), apply.product(v)
+        with pytest.raises(RuntimeError, match="more tables than the 2 reserved"):
+            apply.product(v)
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    apply.captured()
+    assert second[0] == first[0] and torch.equal(second[3::4], first[3::4])  # written: the ends
+    assert second[3::4].tolist() == [6, 16 + 4]
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_solve_makes_as_many_tables_as_its_graph_has_products(solver, monkeypatch):
+    events, product = [], RowMatvec.product
+    loop = "tritonimplicit.linear_solve.loop"
+
+    def capture(steps, progress):
+        events.append("capture")
+        steps()
+        events.append("captured")
+
+    def note(apply, v):
+        events.append("product")
+        return product(apply, v)
+
+    monkeypatch.setattr(f"{loop}.capture", capture)
+    monkeypatch.setattr(RowMatvec, "product", note)
+    monkeypatch.setattr(RowMatvec, "before_capture", lambda apply, count: events.append(count))
+    asked = dataclasses.replace(
+        solver, rtol=0.0, cuda_graph=True, check_every=4, backend="reference", on_failure="ignore"
+    )
+    b = torch.randn(50)
+    asked.solve(lambda v: scale(v) * v + v.mean(), b)
+    at = events.index("capture")
+    assert events[at - 1] == 4
+    assert events[at : events.index("captured")] == ["capture", *["product"] * 4]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_a_replayed_graph_reads_what_each_product_leaves(solver):

@@ -44,6 +44,7 @@ def test_settings_of_every_solver(build, fields, error, message):
         ({"maxiter": -1}, ValueError, "maxiter"),
         ({"maxiter": 2.0}, TypeError, "maxiter"),
         ({"maxiter": True}, TypeError, "maxiter"),
+        ({"maxiter": 2**31}, ValueError, "maxiter must be at most 2147483647, not 2147483648"),
         ({"rtol": -1e-5}, ValueError, "rtol"),
         ({"rtol": float("inf")}, ValueError, "rtol"),
         ({"atol": "small"}, TypeError, "atol"),

@@ -27,6 +27,7 @@ from tritonimplicit.linear_solve.base import (
     check_choice,
     check_count,
     check_fields,
+    check_iterations,
     check_tolerance,
 )
 from tritonimplicit.linear_solve.loop import SMALLEST, iterate
@@ -92,7 +93,7 @@ class FixedPointSolver(abc.ABC):
         """Check the fields."""
         check_tolerance("rtol", self.rtol)
         check_tolerance("atol", self.atol)
-        check_count("maxiter", self.maxiter)
+        check_iterations(self.maxiter)
         check_count("batch_ndim", self.batch_ndim)
         if self.check_every is not None:
             check_count("check_every", self.check_every)

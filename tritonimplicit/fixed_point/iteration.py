@@ -47,6 +47,9 @@ class Iteration(abc.ABC):
         self.best = torch.where(better[:, None], self.z, self.best)
         self.best_norm = torch.where(better, norm, self.best_norm)
 
+    def before_capture(self, steps: int) -> None:  # noqa: B027
+        """Do nothing: the iterations of fixed points run in no graph."""
+
     def captured(self) -> None:  # noqa: B027
         """Do nothing: the iterations of fixed points run in no graph."""
 

@@ -30,6 +30,7 @@ from tritonimplicit.linear_solve.solve import OwnSolver
 from tritonimplicit.operators import Matvec
 from tritonimplicit.solve_log import record
 from tritonimplicit.vectors import Layout
+from tritonimplicit_kernels.layout import MOST_ITERATIONS
 
 S = TypeVar("S", bound="LinearSolver")
 
@@ -215,6 +216,13 @@ def check_count(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an int, not {type(value).__name__}.")
     if value < 0:
         raise ValueError(f"{name} must not be negative, not {value}.")
+
+
+def check_iterations(value: object) -> None:
+    """Raise unless `value`, a `maxiter`, is a count that the systems' int32 counters can reach."""
+    check_count("maxiter", value)
+    if value > MOST_ITERATIONS:  # type: ignore[operator]
+        raise ValueError(f"maxiter must be at most {MOST_ITERATIONS}, not {value}.")
 
 
 def check_tolerance(name: str, value: object) -> None:

@@ -15,6 +15,7 @@ from tritonimplicit.linear_solve.base import (
     LinearSolver,
     check_choice,
     check_count,
+    check_iterations,
     check_tolerance,
 )
 from tritonimplicit.linear_solve.preconditioners import (
@@ -53,9 +54,10 @@ class IterativeSolver(LinearSolver):
         super().__post_init__()
         for name in ("rtol", "atol"):
             check_tolerance(name, getattr(self, name))
-        for name in ("maxiter", "check_every"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name))
+        if self.maxiter is not None:
+            check_iterations(self.maxiter)
+        if self.check_every is not None:
+            check_count("check_every", self.check_every)
         check_preconditioner(self.M)
 
     def iteration_limit(self, layout: Layout) -> int:

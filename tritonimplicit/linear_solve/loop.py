@@ -42,6 +42,9 @@ class Steps(Protocol):
     def step(self) -> None:
         """Do one iteration."""
 
+    def before_capture(self, steps: int) -> None:
+        """Do what has to be done before so many steps are captured in a graph."""
+
     def captured(self) -> None:
         """Do what is left to do for steps that a graph has captured, before it is replayed."""
 
@@ -61,6 +64,10 @@ class Recurrence(abc.ABC):
     @abc.abstractmethod
     def restart(self, again: Tensor, residual: Tensor) -> None:
         """Begin again at x where `again` (B,) bool says so; `residual` (B, ld) is b - A x."""
+
+    def before_capture(self, steps: int) -> None:
+        """Do what has to be done before so many steps are captured in a graph."""
+        self.apply.before_capture(steps)  # a step that reads leaves has one product
 
     def captured(self) -> None:
         """Do what is left to do for steps that a graph has captured, before it is replayed."""
@@ -94,6 +101,7 @@ def iterate(solver: PollSettings, recurrence: Steps, limit: int) -> bool:
         if every and k % every == 0 and not poll(progress.any_running()):
             return True
         if graphed and k == every:  # the first steps have warmed everything up
+            recurrence.before_capture(every)
             replay = capture(advance_many, progress)
             if replay is not None:
                 recurrence.captured()

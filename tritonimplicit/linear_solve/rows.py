@@ -92,6 +92,11 @@ class RowMatvec:
             self._leaves.append(_in_place(leaf.detach().reshape(self.layout.systems, size), v))
         return self._tables.table(self._leaves)
 
+    def before_capture(self, products: int) -> None:
+        """Make what a graph with so many products needs, in memory that is not the graph's."""
+        if self._tables is not None:
+            self._tables.reserve(products)
+
     def captured(self) -> None:
         """Write the tables that a graph which has been captured reads."""
         if self._tables is not None:

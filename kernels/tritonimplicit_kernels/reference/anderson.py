@@ -110,7 +110,8 @@ def _remember_tile(
 ) -> Tensor:
     """Do a tile of some rows; return its part of the sums, (2 k + 2, R)."""
     image, z, z_before = (v[rows, columns] for v in (image, z, z_before))
-    room = many(image, count + 3)  # (k + 3, R, W)
+    # One vector is taken twice: of a single column torch adds up one row otherwise than many.
+    room = many(image, max(2, count) + 3)  # (k + 3, R, W)
     now = room[-1].view(z.dtype)[:, : z.shape[1]]
     torch.sub(image, z, out=now)
     change = now - residual[rows, columns]
@@ -119,11 +120,11 @@ def _remember_tile(
     move = torch.sub(z, z_before)
     move += torch.mul(change, beta, out=now)  # apart, for the reason given in cg.py
     moves[slot, rows, columns] = move
-    history, pair, wide = room[:count], room[count : count + 2], room[-1]
+    history, pair, wide = room[:-3], room[-3:-1], room[-1]
     history.copy_(residuals[:count, rows, columns])
     pair[0].copy_(change)
     pair[1].copy_(residual[rows, columns])
     wide.copy_(image)
-    both = torch.bmm(pair.transpose(0, 1), history.permute(1, 2, 0))  # (R, 2, k)
+    both = torch.bmm(pair.transpose(0, 1), history.permute(1, 2, 0))[..., :count]  # (R, 2, k)
     own = torch.stack([squares(pair[1]), squares(wide)])
     return torch.cat([both.flatten(1).T, own])

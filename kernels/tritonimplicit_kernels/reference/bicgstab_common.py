@@ -74,11 +74,12 @@ def goes_on_alone(
     (ts,), (tt,), (shadow_s,), (shadow_t,) = half_dots.sum(-1).tolist()
     (ss,) = ss_in.sum(-1).tolist()
     (alpha,), (unit,), (tolerance,) = alpha_in.tolist(), unit_in.tolist(), threshold.tolist()
-    if not (ss * unit * unit > tolerance and _outweighs(ts, tt, ss, dtype) and tt < math.inf):
+    needed = ss * unit * unit > tolerance
+    if not (needed and 0 < tt < math.inf and _outweighs(ts, tt, ss, dtype)):
         return None
     omega = _rounded(ts / tt, dtype)
     next_rho = shadow_s - omega * shadow_t
-    if alpha == 0 or omega == 0 or not _outweighs(next_rho, shadow_sq, ss, dtype):
+    if alpha == 0 or along * omega == 0 or not _outweighs(next_rho, shadow_sq, ss, dtype):
         return None
     rho.fill_(next_rho)
     return alpha * unit, omega * unit, omega, next_rho / (along * omega)

@@ -59,19 +59,21 @@ def decide_step(
     """Write the next rho; return which systems run and which begin afresh (B,), and four scalars.
 
     These are (B, 1) in `dtype`: x += first y + second z; r -= omega t; p = r + beta (p - omega v).
-    omega is zero where s is small enough already or t.s is rounding, and NaN where t is not finite.
+    omega is zero where s is small enough already, t.t underflows or t.s is rounding, and NaN where
+    t is not finite.
     """
     along, shadow_sq, _ = shadow_dots.sum(-1)  # (B,) each
     ts, tt, shadow_s, shadow_t = half_dots.sum(-1)
     ss_b = ss.sum(-1)
     needed = ss_b * unit * unit > threshold
-    useful = needed & _outweighs(ts, tt, ss_b, dtype)
+    useful = needed & (tt > 0) & _outweighs(ts, tt, ss_b, dtype)
     omega = torch.where(useful, ts / tt, 0.0)
     omega.masked_fill_(needed & ~(tt < torch.inf), torch.nan)
     omega = omega.to(dtype).double()
     next_rho = shadow_s - omega * shadow_t
-    goes_on = (alpha != 0) & (omega != 0) & _outweighs(next_rho, shadow_sq, ss_b, dtype)
-    beta = torch.where(goes_on, next_rho / (along * omega), 0.0)
+    scale = along * omega  # may underflow
+    goes_on = (alpha != 0) & (scale != 0) & _outweighs(next_rho, shadow_sq, ss_b, dtype)
+    beta = torch.where(goes_on, next_rho / scale, 0.0)
     runs = state[0] < 0
     torch.where(runs, next_rho.masked_fill_(~goes_on, 0.0), rho, out=rho)
     scales = torch.stack([alpha * unit, omega * unit, omega, beta]).to(dtype)[:, :, None]

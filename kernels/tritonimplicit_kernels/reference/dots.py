@@ -58,20 +58,15 @@ def scratch(tile: Tensor) -> Scratch:
     key = tile.shape, tile.dtype
     room = _ROOM.views.get(key)
     if room is None:
+        whole = many(tile, 3)
+        first, second, third = whole
+        room = Scratch(first, second, third, whole[0].view(tile.dtype)[:, : tile.shape[1]])
+        if first.data_ptr() != _ROOM.memory.data_ptr():  # of a width that no tile has
+            return room
         if len(_ROOM.views) == _SHAPES:
             _ROOM.views.clear()
-        room = _ROOM.views[key] = _cut(_ROOM.memory, tile)
+        _ROOM.views[key] = room
     return room
-
-
-def _cut(memory: Tensor, tile: Tensor) -> Scratch:
-    rows, width = tile.shape
-    padded = -(-width // _ALIGNMENT) * _ALIGNMENT
-    if 3 * rows * padded > memory.numel():  # of a width that no tile has
-        memory = memory.new_empty(3 * rows * padded)
-    whole = memory[: 3 * rows * padded].view(3, rows, padded)
-    first, second, third = whole[:, :, :width]
-    return Scratch(first, second, third, whole[0].view(tile.dtype)[:, :width])
 
 
 def many(tile: Tensor, count: int) -> Tensor:

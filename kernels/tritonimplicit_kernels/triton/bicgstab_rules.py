@@ -41,19 +41,21 @@ def next_code(rr, vv, lost, iterations, threshold, limit, maxiter):
 
 @triton.jit
 def stabilising(ts, tt, ss, needed, dtype: tl.constexpr):
-    """Return omega, rounded to the vectors' dtype: zero where it is not needed, or t.s is rounding.
+    """Return omega, rounded to the vectors' dtype.
 
-    NaN where t is not finite.
+    Zero where it is not needed, t.t underflows or t.s is rounding; NaN where t is not finite.
     """
-    useful = needed & outweighs(ts, tt, ss, dtype)
+    useful = needed & (tt > 0) & outweighs(ts, tt, ss, dtype)
     omega = tl.where(useful, ts / tl.where(useful, tt, 1.0), 0.0)
     omega = tl.where(needed & ~(tt < _INF), float("nan"), omega)
     return omega.to(dtype)
 
 
 @triton.jit
-def next_rho(omega, alpha, shadow_s, shadow_t, shadow_sq, ss, dtype: tl.constexpr):
+def next_rho(omega, alpha, along, shadow_s, shadow_t, shadow_sq, ss, dtype: tl.constexpr):
     """Return r^.r of the next iteration; zero where it has to begin afresh."""
-    rho = shadow_s - omega.to(tl.float64) * shadow_t
-    goes_on = (alpha != 0) & (omega != 0) & outweighs(rho, shadow_sq, ss, dtype)
+    omega = omega.to(tl.float64)
+    rho = shadow_s - omega * shadow_t
+    # The product, which beta is divided by, may underflow.
+    goes_on = (alpha != 0) & (along * omega != 0) & outweighs(rho, shadow_sq, ss, dtype)
     return tl.where(goes_on, rho, 0.0)

@@ -83,7 +83,7 @@ def _step(
         alpha = tl.load(alpha_ptr + b)
         needed = ss * unit * unit > tl.load(threshold_ptr + b)
         omega = stabilising(ts, tt, ss, needed, dtype)
-        rho = next_rho(omega, alpha, shadow_s, shadow_t, shadow_sq, ss, dtype)
+        rho = next_rho(omega, alpha, along, shadow_s, shadow_t, shadow_sq, ss, dtype)
         fresh = rho == 0
         omega64 = omega.to(tl.float64)
         beta = (rho / tl.where(fresh, 1.0, along * omega64)).to(dtype)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonimplicit_kernels.layout import MAX_P
+from tritonimplicit_kernels.triton.launch import grid
 from tritonimplicit_kernels.triton.start import start
 
 # A tile is 16 KiB: with 8 warps, four 128-bit loads a thread.
@@ -45,16 +46,20 @@ def fold_rows(partials_ptr, stride, rows, have, P, MAX_P: tl.constexpr, K: tl.co
 
 
 def launch_rows(kernel: Any, history: Tensor, partials: int, *args: Tensor | int | float) -> None:
-    """Run `kernel(*args, ld // 16, P)`, P = `partials` programs for each row of a (K, B, ld)."""
+    """Run `kernel(*args, ld // 16, P)`, P = `partials` programs for each row of a (K, B, ld).
+
+    Raises ValueError where B P is more than a grid has programs.
+    """
     capacity, batch, ld = history.shape
-    if batch == 0:
+    programs = grid(batch, partials)
+    if programs == 0:
         return
     rows = max(8, triton.next_power_of_2(capacity))
     with torch.cuda.device_of(history):  # Triton launches on the current device
         start(
             kernel,
             history.get_device(),
-            batch * partials,
+            programs,
             (*args, ld // 16, partials),
             (MAX_P, rows, max(16, _TILE_BYTES // history.element_size() // rows)),
             _WARPS,

@@ -23,6 +23,20 @@ def partial_count(ld: int) -> int:
     return min(MAX_P, -(-ld // _CHUNK))
 
 
+def grid(batch: int, partials: int) -> int:
+    """Return B P, how many programs are launched.
+
+    Raises ValueError where that is more than a grid has.
+    """
+    programs = batch * partials
+    if programs > _MAX_PROGRAMS:
+        raise ValueError(
+            f"{batch} systems with {partials} partial sums each need {programs} programs, but a "
+            f"grid has at most {_MAX_PROGRAMS}: solve fewer systems at a time"
+        )
+    return programs
+
+
 def launch(kernel: Any, vector: Tensor, partials: Tensor, *args: Tensor | int) -> None:
     """Run `kernel(*args, ld // 16, P)` with P programs for each row of `vector` (B, ld).
 
@@ -32,14 +46,9 @@ def launch(kernel: Any, vector: Tensor, partials: Tensor, *args: Tensor | int) -
     """
     batch, ld = vector.shape
     count = partials.shape[-1]
-    programs = batch * count
+    programs = grid(batch, count)
     if programs == 0:
         return
-    if programs > _MAX_PROGRAMS:
-        raise ValueError(
-            f"{batch} systems with {count} partial sums each need {programs} programs, but a grid "
-            f"has at most {_MAX_PROGRAMS}: solve fewer systems at a time"
-        )
     with torch.cuda.device_of(vector):  # Triton launches on the current device
         start(
             kernel,
