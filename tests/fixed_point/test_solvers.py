@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tritonimplicit as ti
 from tritonimplicit import Status
 from tritonimplicit.fixed_point import Anderson, Broyden, Picard
+from tritonimplicit.fixed_point.iterates import Iterates
 from tritonimplicit.linear_solve import GMRES
 
 DOUBLE = torch.float64
@@ -41,6 +42,19 @@ def contraction(samples=6, n=24, dtype=DOUBLE, seed=0):
 
 def norms(t):
     return torch.linalg.vector_norm(t.double().flatten(1), dim=1)
+
+
+# -- what f may do with its argument -------------------------------------------------------------
+
+
+@every_solver
+def test_the_library_keeps_clones_of_the_iterates(solver):
+    _, _, f = contraction()
+    cloned, kept = [], Iterates(lambda z: (cloned.append(z.clone()), f(z))[1], range(6))
+    solution = with_fields(solver, rtol=1e-12, maxiter=20).solve(kept, torch.zeros(6, 24).double())
+    assert len(cloned) > 8  # all of them are written over where they can be
+    for k in range(6):
+        assert torch.equal(kept.after(k, solution.value), cloned[k])
 
 
 # -- where they converge ---------------------------------------------------------------------------

@@ -212,6 +212,8 @@ def test_what_does_not_converge_is_told():
 def test_misuse():
     with pytest.raises(RuntimeError, match=r"not affine.*fixed_point"):
         torchdeq_solver(GMRES())(torch.cos, torch.zeros(3))
+    with pytest.raises(ValueError, match="GMRES is a linear solver, which has no iterates"):
+        torchdeq_solver(GMRES())(lambda y: 0.5 * y + 1, torch.zeros(3), indexing=[1])
     with pytest.raises(TypeError, match="solver must be one of"):
         torchdeq_solver(Dense())
     with pytest.raises(ValueError, match="stop_mode must be one of 'abs', 'rel'"):

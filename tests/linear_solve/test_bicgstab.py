@@ -117,6 +117,22 @@ def test_a_map_may_use_one_buffer_for_all_its_results(reused, ridge):
     assert torch.equal(got.value, expected.value) and got.iterations == expected.iterations
 
 
+@pytest.mark.parametrize("reusing", ["A", "M"])
+def test_a_map_that_comes_to_reuse_its_memory_is_an_error(reusing):
+    scale, calls = torch.linspace(1, 3, 32, dtype=DOUBLE), []
+    maps = {name: OneBuffer(s, False) for name, s in (("A", scale), ("M", 1 / scale.sqrt()))}
+
+    def compiled_later(v):
+        calls.append(1)
+        if len(calls) == 4:
+            maps[reusing].out = torch.empty_like(scale)
+        return maps[reusing](v)
+
+    fns = {**maps, reusing: compiled_later}
+    with pytest.raises(RuntimeError, match=r"writes over its last result.*result\.clone\(\)"):
+        BiCGSTAB(rtol=1e-10, M=fns["M"]).solve(fns["A"], torch.randn(32, dtype=DOUBLE))
+
+
 @pytest.mark.parametrize("reuses", [False, True])
 def test_a_product_is_copied_only_where_its_memory_is_used_again(reuses, monkeypatch):
     copies, copy = [], torch.Tensor.copy_

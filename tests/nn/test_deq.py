@@ -14,7 +14,7 @@ import tritonimplicit as ti
 from tritonimplicit import Status
 from tritonimplicit.fixed_point import Anderson, Picard
 from tritonimplicit.linear_solve import GMRES, Neumann
-from tritonimplicit.nn import DEQ, Implicit
+from tritonimplicit.nn import DEQ, Implicit, Unrolled
 
 DOUBLE = torch.float64
 TIGHT = Anderson(batch_ndim=1, rtol=1e-13, maxiter=200)
@@ -343,6 +343,12 @@ def test_a_start_has_to_be_given_where_z_does_not_look_like_x():
         DEQ(embed)({})
     with pytest.raises(RuntimeError, match="must match"):  # the layer's own error
         DEQ(lambda z, x: z[:, :2] + x)(x, z0=torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("gradient", [Implicit(), Unrolled(3)])
+def test_an_empty_batch_is_named(gradient):
+    with pytest.raises(ValueError, match=r"the batch is empty: x has shape \(0, 4\)"):
+        DEQ(nn.Linear(4, 4), gradient=gradient)(torch.zeros(0, 4))
 
 
 # -- what became of it -----------------------------------------------------------------------------

@@ -46,6 +46,8 @@ def test_a_linear_map_has_the_bound_for_its_norm(bound):
         (lambda: nn.Conv2d(2, 2, 3, padding=1), (2, 6, 6)),
         (lambda: nn.Conv2d(4, 4, 3, padding=1, groups=2), (4, 5, 5)),
         (lambda: nn.Conv2d(2, 4, 3, stride=2, padding=1, padding_mode="circular"), (2, 6, 6)),
+        (lambda: nn.Conv1d(2, 2, 3, padding=2, dilation=2, padding_mode="circular"), (2, 9)),
+        (lambda: nn.Conv1d(1, 1, 4, padding="same", padding_mode="circular"), (1, 8)),
         (lambda: nn.Conv2d(1, 1, 3, padding=1), (1, 6, 6)),
         (lambda: nn.Conv2d(3, 2, 1), (3, 4, 4)),
     ],
@@ -139,6 +141,10 @@ def test_in_a_deq_their_gradient_is_that_of_the_unrolled_iteration(normalise):
         (
             lambda: spectral_norm(nn.Conv1d(1, 1, 3, padding=1, padding_mode="replicate")),
             "no bound for padding_mode='replicate'",
+        ),
+        (
+            lambda: spectral_norm(nn.Conv2d(1, 1, (3, 1), padding=1, padding_mode="circular")),
+            r"padding=\(1, 1\), padding_mode=circular\): a circular padding of more",
         ),
         (lambda: weight_norm(weight_norm(nn.Linear(2, 2))), "parametrised weight already"),
     ],

@@ -147,6 +147,42 @@ def test_an_exact_start_has_no_inverse():
     assert (deq.last.backward.residual_norm > 0).all()
 
 
+def second_derivative(deq, x):
+    x = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(deq(x).square().sum(), x, create_graph=True)
+    return torch.autograd.grad(grad.square().sum(), x)[0]
+
+
+def forward_mode(deq, x):
+    return torch.func.jvp(deq, (x,), (torch.ones_like(x),))[1]
+
+
+other_transposes = pytest.mark.parametrize("derivative", [second_derivative, forward_mode])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@other_transposes
+@pytest.mark.parametrize(
+    "way", [SHINE(), SHINE(GMRES(batch_ndim=1, maxiter=1)), SHINE(Neumann(batch_ndim=1))]
+)
+def test_the_inverse_is_not_taken_for_its_transpose(derivative, way):
+    cell, x = problem()
+    with pytest.raises(RuntimeError, match=r"SHINE\(GMRES\(batch_ndim=1, rtol=1e-3\)\)"):
+        derivative(DEQ(cell, solver=BROYDEN, gradient=way), x)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@other_transposes
+def test_with_a_tolerance_every_derivative_is_exact(derivative):
+    cell, x = problem()
+    solve = GMRES(batch_ndim=1, rtol=1e-13)
+    got, exact = (
+        derivative(DEQ(cell, solver=BROYDEN, gradient=way), x)
+        for way in (SHINE(solve), Implicit(solve))
+    )
+    torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

@@ -124,6 +124,9 @@ class FixedPointSolver(abc.ABC):
     def solve(self, f: Map, z0: TensorTree) -> Solution:
         """Return z with z = f(z) and what became of each sample; never warns.
 
+        f's argument is the solver's own memory, to be read during the call alone: the solver writes
+        over it later. An f that keeps it keeps a clone.
+
         `residual_norm` is ‖f(z) - z‖ of the z that is returned. The status is CONVERGED,
         MAX_ITERATIONS, DIVERGED (NaN or infinity on the way: `value` is the best iterate),
         BREAKDOWN (float64 numbers below 1e-140, whose squares lose their digits), NON_FINITE

@@ -116,7 +116,8 @@ class _Twice:
     """A map that is called twice an iteration, such that its first result outlives the second.
 
     For most maps it does by itself. That is seen in the first iteration, in which the first result
-    is copied; it is from then on if the map uses one buffer for all.
+    is copied; it is from then on if the map uses one buffer for all. A map that comes to do so
+    later, as one that is compiled to CUDA graphs on its way, is an error.
     """
 
     def __init__(self, fn: RowFunction):
@@ -137,8 +138,15 @@ class _Twice:
 
     def second(self, v: Tensor) -> Tensor:
         result = self._second_fn(v)
-        if self._copies and self._result is not None:
-            self._copies = share_memory(self._result, result)
+        if self._result is not None:
+            shared = share_memory(self._result, result)
+            if shared and not self._copies:
+                raise RuntimeError(
+                    "the matvec, or M, returned new tensors at first and now writes over its last "
+                    "result, which BiCGSTAB still needs: return result.clone(), or call a function "
+                    "that is compiled to CUDA graphs a few times before the solve."
+                )
+            self._copies = shared
         self._result = None
         return result
 

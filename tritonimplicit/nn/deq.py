@@ -84,9 +84,9 @@ class DEQ(nn.Module):
         then, with the gradient of that one evaluation, and z at the end; for
         `nn.fixed_point_correction`.
 
-        Raises ValueError or TypeError if z0 is missing and zeros like x do not fit the layer, for
-        an `index` that does not number the samples of z, and ConvergenceError if the solver is to
-        raise it.
+        Raises ValueError or TypeError if z0 is missing and zeros like x do not fit the layer, or x
+        is empty, for an `index` that does not number the samples of z, and ConvergenceError if the
+        solver is to raise it.
         """
         check_iterations(corrections)
         if corrections and isinstance(self.gradient, Unrolled):
@@ -151,6 +151,8 @@ def _zeros_like(x: Any) -> Tensor:
     if not (isinstance(x, Tensor) and x.is_floating_point()):
         got = f"tensor of dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"z cannot look like x, a {got}: give the solver a start, deq(x, z0=...).")
+    if x.numel() == 0:
+        raise ValueError(f"the batch is empty: x has shape {tuple(x.shape)}.")
     return torch.zeros_like(x)
 
 

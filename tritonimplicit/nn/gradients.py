@@ -19,6 +19,7 @@ from tritonimplicit.linear_solve import GMRES, Neumann
 from tritonimplicit.linear_solve.base import LinearSolver, check_count, check_real
 from tritonimplicit.linear_solve.iterative import IterativeSolver
 from tritonimplicit.linear_solve.observed import Observed
+from tritonimplicit.linear_solve.solve import OwnSolver
 from tritonimplicit.nn.equilibrium import Problem
 from tritonimplicit.operators import Solve
 
@@ -66,8 +67,11 @@ class SHINE:
     takes the inverse at its word, whatever residual is left: one vjp tells it to
     `deq.last.backward`. For the same vjp, `GMRES(batch_ndim=1, maxiter=1)` brings each answer to
     the length of least residual. With `GMRES(batch_ndim=1, rtol=1e-3)` the gradient is exact, in
-    fewer vjps. The inverse lives until the backward pass: 2 vectors an iteration. First derivatives
-    in reverse mode.
+    fewer vjps. The inverse lives until the backward pass: 2 vectors an iteration.
+
+    The inverse is of no use to second derivatives and forward mode, whose systems have the other
+    transpose. They are solved without it where `solve` has a tolerance and no `maxiter`, and raise
+    RuntimeError otherwise.
 
     Ramzi, Mannel, Bai, Starck, Ciuciu and Moreau, "SHINE: sharing the inverse estimate from the
     forward pass for bi-level optimization and implicit models", ICLR 2022.
@@ -104,7 +108,7 @@ class SHINE:
 
         solve = dataclasses.replace(self.solve, M=lambda r: found[0](r))
         on_leaves = solve.on_leaves(optree.tree_structure(problem.z0))
-        return problem.root(_observed(on_leaves, problem), search)
+        return problem.root(_observed(on_leaves, problem, _Shared), search)
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,26 @@ class Unrolled:
         return z
 
 
-def _observed(solve: Solve, problem: Problem) -> Solve:
+@dataclass(frozen=True)
+class _Shared(Observed):
+    """A solver whose M is the inverse of a forward pass, transposed."""
+
+    def transposed(self) -> OwnSolver:
+        """Return the solver without M. Raises RuntimeError if it would end short of a tolerance."""
+        solve = self.inner
+        assert isinstance(solve, IterativeSolver)
+        if solve.maxiter is not None or solve.rtol == solve.atol == 0:
+            raise RuntimeError(
+                "SHINE's inverse is that of the backward pass's matrix. Second derivatives and "
+                "forward mode solve with its transpose, without the inverse, and "
+                f"{type(solve).__name__} with its maxiter or without a tolerance would leave any "
+                "error: give the DEQ gradient=SHINE(GMRES(batch_ndim=1, rtol=1e-3)), with no "
+                "maxiter, or Implicit()."
+            )
+        return super().transposed()
+
+
+def _observed(solve: Solve, problem: Problem, kind: type[Observed] = Observed) -> Solve:
     """`solve`, from the warm starts, telling `deq.last` and the warm starts what became of it."""
     starts, last = problem.starts, problem.last
     if not isinstance(solve, LinearSolver):
@@ -182,7 +205,7 @@ def _observed(solve: Solve, problem: Problem) -> Solve:
         if starts is not None:
             starts.keep_adjoint(solution)
 
-    return Observed(solve, show, told_by="`deq.last.backward`")
+    return kind(solve, show, told_by="`deq.last.backward`")
 
 
 def check_steps(steps: object) -> None:

@@ -28,7 +28,8 @@ def spectral_norm(layer: Layer, bound: float = 1.0) -> Layer:
     well below the bound. Other modules stay as they are. Returns `layer`.
 
     Raises ValueError for a bound that is not positive, a module without Linear or Conv, a
-    transposed convolution, and a padding that repeats elements, for which there is no such bound.
+    transposed convolution, and a padding that repeats elements (a circular one does beyond
+    dilation * (kernel - 1) in a dimension), for which there is no such bound.
     """
     check_real("bound", bound)
     if bound <= 0:
@@ -107,3 +108,16 @@ def _check_bounded(module: nn.Module) -> None:
     padding = getattr(module, "padding_mode", "zeros")
     if padding not in ("zeros", "circular"):
         raise ValueError(f"there is no bound for padding_mode={padding!r}: it repeats elements.")
+    if isinstance(module, _CONVOLUTIONS) and padding == "circular" and _repeats(module):
+        raise ValueError(
+            f"there is no bound for {module}: a circular padding of more than dilation * (kernel - "
+            "1) in all, in a dimension, repeats elements."
+        )
+
+
+def _repeats(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+    """Whether, at stride 1, circular padding makes a dimension longer: outputs come twice."""
+    if isinstance(module.padding, str):  # "same" or "valid"
+        return False
+    sizes = zip(module.padding, module.dilation, module.kernel_size, strict=True)
+    return any(2 * pad > dilation * (kernel - 1) for pad, dilation, kernel in sizes)

@@ -43,7 +43,8 @@ def torchdeq_solver(solver: FixedPointSolver | IterativeSolver) -> Callable[...,
     result, the traces have that one entry; "status" is added. With batch_ndim=0 they are the whole
     batch's. Written against torchdeq 0.1.0.
 
-    The function raises RuntimeError where a linear solver is given a map that is not affine.
+    The function raises RuntimeError where a linear solver is given a map that is not affine, and
+    ValueError where it is asked for iterates, of which a linear solver has none.
     """
     if not isinstance(solver, (FixedPointSolver, IterativeSolver)):
         raise TypeError(
@@ -60,6 +61,11 @@ def torchdeq_solver(solver: FixedPointSolver | IterativeSolver) -> Callable[...,
         indexing: Sequence[int] | None = None,
     ) -> Answer:
         check_choice("stop_mode", stop_mode, ("abs", "rel"))
+        if indexing and not isinstance(solver, FixedPointSolver):
+            raise ValueError(
+                f"{type(solver).__name__} is a linear solver, which has no iterates to return by "
+                "indexing: use it as b_solver, and give f_solver one of tritonimplicit.fixed_point."
+            )
         rtol, atol = (tol, 0.0) if stop_mode == "rel" else (0.0, tol)
         own = dataclasses.replace(solver, maxiter=int(max_iter), rtol=rtol, atol=atol)
         f = Iterates(_keeping_structure(func, x0), indexing or ())

@@ -2,13 +2,14 @@
 
 from typing import ClassVar
 
+import optree
 import pytest
 import torch
 from torch.autograd import forward_ad, grad, gradcheck, gradgradcheck
 from torch.func import hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import tritonimplicit as ti
-from tritonimplicit.linear_solve import CG, Dense
+from tritonimplicit.linear_solve import CG, GMRES, Dense
 
 DOUBLE = torch.float64
 close = torch.testing.assert_close
@@ -257,3 +258,26 @@ def test_compiled_with_one_graph_break_the_numbers_are_right():
     x = X0.clone().requires_grad_()
     compiled = torch.compile(loss, backend="aot_eager")
     close(grad(compiled(x), x)[0], grad_of_unrolled())
+
+
+def test_a_preconditioner_of_the_backward_pass_is_not_used_for_the_other_transpose():
+    matrix = torch.tensor([[2.0, 1.0], [0.0, 3.0]], dtype=DOUBLE)
+    exact, asked = torch.linalg.inv(matrix), []
+
+    def inverse(r):
+        asked.append(r)
+        return optree.tree_map(lambda leaf: exact.mT @ leaf, r)
+
+    @ti.custom_root(lambda x, b: matrix @ x - b, argnums=1, solve=GMRES(rtol=1e-14, M=inverse))
+    def solver(x, b):
+        return torch.linalg.solve(matrix, b)
+
+    def run(b):
+        return solver(torch.zeros_like(b), b)
+
+    b = torch.tensor([1.0, -2.0], dtype=DOUBLE, requires_grad=True)
+    close(grad(run(b)[0], b)[0], exact[0])
+    assert asked
+    asked.clear()
+    close(jvp(run, (b.detach(),), (b.detach(),))[1], exact @ b.detach())
+    assert not asked

@@ -31,9 +31,12 @@ def differentiable_root_vjp(
 def root_jvp(
     family: LinearFamily, x: Tensors, args: Tensors, wrt: Sequence[int], tangents: Sequence[Tensor]
 ) -> Tensors:
-    """Push tangents of the args numbered by `wrt` forward to the root; differentiable as well."""
+    """Push tangents of the args numbered by `wrt` forward to the root; differentiable as well.
+
+    The solver's preconditioner and guess are those of `root_vjp`, of the other transpose.
+    """
     moved = pushforward(_in_args(family, x, args, wrt), [args[i] for i in wrt], tangents)
-    return linear_solve(family, x, args, _negated(moved), transpose=False)
+    return linear_solve(family.flipped(), x, args, _negated(moved), transpose=False)
 
 
 def _in_args(
