@@ -70,8 +70,8 @@ _ADVICE = {
     ),
     Status.DIVERGED: (
         "diverged: the residual grew beyond what can be recovered. CG needs a symmetric definite "
-        "matrix; a Neumann series needs every |1 - alpha * eigenvalue| < 1: check the sign (a fixed "
-        "point z = f(z) is the root of z - f(z), not of f(z) - z), or use a smaller alpha. "
+        "matrix; a Neumann series needs every |1 - alpha * eigenvalue| < 1: check the sign (a "
+        "fixed point z = f(z) is the root of z - f(z), not of f(z) - z), or use a smaller alpha. "
         "solve_gmres takes any matrix"
     ),
     Status.PRECONDITIONER: (

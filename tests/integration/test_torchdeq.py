@@ -13,7 +13,7 @@ import tritonimplicit as ti
 from tests.test_readme import PAGES, python_blocks, run
 from tritonimplicit import Status
 from tritonimplicit.fixed_point import Anderson, Broyden, Picard
-from tritonimplicit.linear_solve import GMRES, BiCGSTAB, Dense, Neumann
+from tritonimplicit.linear_solve import GMRES, BiCGSTAB, Dense, Neumann, NormalCG
 from tritonimplicit.nn import torchdeq_solver
 
 with warnings.catch_warnings():
@@ -214,6 +214,8 @@ def test_misuse():
         torchdeq_solver(GMRES())(torch.cos, torch.zeros(3))
     with pytest.raises(ValueError, match="GMRES is a linear solver, which has no iterates"):
         torchdeq_solver(GMRES())(lambda y: 0.5 * y + 1, torch.zeros(3), indexing=[1])
+    with pytest.raises(TypeError, match="NormalCG needs the transpose"):
+        torchdeq_solver(NormalCG(batch_ndim=1))
     with pytest.raises(TypeError, match="solver must be one of"):
         torchdeq_solver(Dense())
     with pytest.raises(ValueError, match="stop_mode must be one of 'abs', 'rel'"):

@@ -20,6 +20,7 @@ from tritonimplicit.diagnostics import (
 from tritonimplicit.fixed_point import FixedPointSolver
 from tritonimplicit.fixed_point.base import Map
 from tritonimplicit.fixed_point.iterates import Iterates
+from tritonimplicit.linear_solve import NormalCG
 from tritonimplicit.linear_solve.base import check_choice
 from tritonimplicit.linear_solve.iterative import IterativeSolver
 
@@ -50,6 +51,11 @@ def torchdeq_solver(solver: FixedPointSolver | IterativeSolver) -> Callable[...,
         raise TypeError(
             "solver must be one of tritonimplicit.fixed_point, or an iterative one of "
             f"tritonimplicit.linear_solve, not {solver!r}."
+        )
+    if isinstance(solver, NormalCG):
+        raise TypeError(
+            "NormalCG needs the transpose of the matrix, which torchdeq's map y -> J^T y + g has "
+            "not: use solve_gmres(batch_ndim=1)."
         )
 
     def solve(
