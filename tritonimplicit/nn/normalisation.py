@@ -19,7 +19,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def spectral_norm(layer: Layer, bound: float = 1.0) -> Layer:
-    """Set the norm of the linear map of every Linear in `layer` to `bound`, of a Conv at most to it.
+    """Set the norm of the map of every Linear in `layer` to `bound`, of every Conv at most to it.
 
     By `torch.nn.utils.parametrizations.spectral_norm`, times the bound: the weight as a matrix
     (outputs, the rest) has that norm, as far as a power iteration a forward pass can tell. A
