@@ -265,6 +265,8 @@ def run(options: argparse.Namespace) -> tuple[float, float]:
     training.run(checkpoint)
     result = report(training, options.out)
     if world.size > 1:
+        training.shared = training.model  # nothing of DDP's outlives the group
+        dist.barrier()  # nor does a process leave while others are at work
         dist.destroy_process_group()
     return result
 
