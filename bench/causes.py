@@ -1,4 +1,4 @@
-"""Why we lose where we lose: what profiles of the cases have shown."""
+"""Why we lose where we lose: what profiles have shown, or presumed (of what XLA compiles)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ MEANING = {
     "calls": "calls of torch and the Python around them, not arithmetic: the vectors are small, "
     "and masks and statuses a system, dots in float64, layout, checks and the true residual take "
     "calls; see that column",
+    "float64": "dots in float64, and statuses: vectors that fit in a cache are widened in more "
+    "time than their work takes",
     "biased": "another gradient, by one vjp or five and no solve: see its cosine",
 }
 """What the words of CAUSES stand for."""
@@ -22,6 +24,10 @@ CAUSES: tuple[tuple[str, str, str], ...] = (
     ("deq/gradients", "torchdeq, default", "biased"),
     ("deq/gradients", "torchdeq, phantom", "biased"),
     ("deq/training", "torchdeq, default", "biased"),
+    ("hypergradient/mlp-normal_cg", "plain torch", "float64"),
+    ("hypergradient/mlp-module-normal_cg", "plain torch", "float64"),
+    ("steps/cg-1e5", "plain torch", "float64"),
+    ("steps/cg-64x1e4", "plain torch", "float64"),
     ("scaling/size-1e3", "", "calls"),
     ("scaling/size-1e4", "", "calls"),
     ("scaling/batch-1", "", "calls"),

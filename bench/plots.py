@@ -56,7 +56,7 @@ def _growth(report: Report) -> Iterator[Panel]:
         ("batched/maml-cg-", "tasks (iMAML)"),
     ):
         lines = _by_number(report, prefix)
-        if lines:
+        if any(len(points) > 1 for points in lines.values()):  # a point shows no growth
             yield _lines(lines, f"20 CG iterations by {label}", label, "seconds")
 
 
