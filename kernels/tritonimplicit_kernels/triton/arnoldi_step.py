@@ -9,16 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonimplicit_kernels import status
+from tritonimplicit_kernels.triton.constants import (
+    BREAKDOWN,
+    CONVERGED,
+    INF,
+    MAX_ITERATIONS,
+    NON_FINITE,
+    RUNNING,
+)
 from tritonimplicit_kernels.triton.history import fold_rows, launch_rows, load_rows
 from tritonimplicit_kernels.triton.programs import chunk_bounds, fold
 
-_RUNNING = tl.constexpr(status.RUNNING)
-_CONVERGED = tl.constexpr(status.CONVERGED)
-_MAX_ITERATIONS = tl.constexpr(status.MAX_ITERATIONS)
-_BREAKDOWN = tl.constexpr(status.BREAKDOWN)
-_NON_FINITE = tl.constexpr(status.NON_FINITE)
-_INF = tl.constexpr(float("inf"))
 _NEGLIGIBLE_FP32 = tl.constexpr((10 * 2.0**-23) ** 2)
 _NEGLIGIBLE_FP64 = tl.constexpr((10 * 2.0**-52) ** 2)
 
@@ -26,11 +27,11 @@ _NEGLIGIBLE_FP64 = tl.constexpr((10 * 2.0**-52) ** 2)
 @triton.jit
 def _next_code(rr, size_sq, singular, iterations, threshold, maxiter):
     """Say what a running system turns to; the last rule that holds wins."""
-    code = tl.where(singular, _BREAKDOWN, _RUNNING)
-    code = tl.where(size_sq < _INF, code, _NON_FINITE)
-    code = tl.where(iterations >= maxiter, _MAX_ITERATIONS, code)
-    code = tl.where(rr <= threshold, _CONVERGED, code)
-    return tl.where(rr < _INF, code, _NON_FINITE)
+    code = tl.where(singular, BREAKDOWN, RUNNING)
+    code = tl.where(size_sq < INF, code, NON_FINITE)
+    code = tl.where(iterations >= maxiter, MAX_ITERATIONS, code)
+    code = tl.where(rr <= threshold, CONVERGED, code)
+    return tl.where(rr < INF, code, NON_FINITE)
 
 
 @triton.jit

@@ -5,23 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tritonimplicit_kernels import status
-
-_RUNNING = tl.constexpr(status.RUNNING)
-_CONVERGED = tl.constexpr(status.CONVERGED)
-_MAX_ITERATIONS = tl.constexpr(status.MAX_ITERATIONS)
-_BREAKDOWN = tl.constexpr(status.BREAKDOWN)
-_DIVERGED = tl.constexpr(status.DIVERGED)
-_NON_FINITE = tl.constexpr(status.NON_FINITE)
-_EPS_FP32 = tl.constexpr(2.0**-23)
-_EPS_FP64 = tl.constexpr(2.0**-52)
-_INF = tl.constexpr(float("inf"))
+from tritonimplicit_kernels.triton.constants import (
+    BREAKDOWN,
+    CONVERGED,
+    DIVERGED,
+    EPS_FP32,
+    EPS_FP64,
+    INF,
+    MAX_ITERATIONS,
+    NON_FINITE,
+    RUNNING,
+)
 
 
 @triton.jit
 def outweighs(dot, square, other_square, dtype: tl.constexpr):
     """Say whether a.b is more than rounding, given a.a and b.b; not where it is NaN."""
-    eps: tl.constexpr = _EPS_FP32 if dtype == tl.float32 else _EPS_FP64
+    eps: tl.constexpr = EPS_FP32 if dtype == tl.float32 else EPS_FP64
     return tl.abs(dot) > tl.sqrt(square) * tl.sqrt(other_square) * eps
 
 
@@ -31,12 +31,12 @@ def next_code(rr, vv, lost, iterations, threshold, limit, maxiter):
 
     `lost`: r^.A p is rounding, and would be with a new shadow residual too.
     """
-    code = tl.where(lost, _BREAKDOWN, _RUNNING)
-    code = tl.where(rr > limit, _DIVERGED, code)
-    code = tl.where(vv < _INF, code, _NON_FINITE)
-    code = tl.where(iterations >= maxiter, _MAX_ITERATIONS, code)
-    code = tl.where(rr <= threshold, _CONVERGED, code)
-    return tl.where(rr < _INF, code, _NON_FINITE)
+    code = tl.where(lost, BREAKDOWN, RUNNING)
+    code = tl.where(rr > limit, DIVERGED, code)
+    code = tl.where(vv < INF, code, NON_FINITE)
+    code = tl.where(iterations >= maxiter, MAX_ITERATIONS, code)
+    code = tl.where(rr <= threshold, CONVERGED, code)
+    return tl.where(rr < INF, code, NON_FINITE)
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def stabilising(ts, tt, ss, needed, dtype: tl.constexpr):
     """
     useful = needed & (tt > 0) & outweighs(ts, tt, ss, dtype)
     omega = tl.where(useful, ts / tl.where(useful, tt, 1.0), 0.0)
-    omega = tl.where(needed & ~(tt < _INF), float("nan"), omega)
+    omega = tl.where(needed & ~(tt < INF), float("nan"), omega)
     return omega.to(dtype)
 
 

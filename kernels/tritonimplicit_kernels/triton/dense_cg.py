@@ -12,18 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonimplicit_kernels import status
 from tritonimplicit_kernels.triton.cg_rules import next_code
+from tritonimplicit_kernels.triton.constants import (
+    BREAKDOWN,
+    CONVERGED,
+    EPS_FP32,
+    EPS_FP64,
+    INF,
+    NON_FINITE,
+    RUNNING,
+    STAGNATED,
+)
 from tritonimplicit_kernels.triton.start import start
-
-_RUNNING = tl.constexpr(status.RUNNING)
-_CONVERGED = tl.constexpr(status.CONVERGED)
-_STAGNATED = tl.constexpr(status.STAGNATED)
-_BREAKDOWN = tl.constexpr(status.BREAKDOWN)
-_NON_FINITE = tl.constexpr(status.NON_FINITE)
-_EPS_FP32 = tl.constexpr(2.0**-23)
-_EPS_FP64 = tl.constexpr(2.0**-52)
-_INF = tl.constexpr(float("inf"))
 
 # Of the matrix a thread keeps, in words of 8 bytes: no kernel spills, and two programs fit a core.
 _WORDS: Final = 32
@@ -50,7 +50,7 @@ def _dense_cg_kernel(
 ):
     b = tl.program_id(0).to(tl.int64)
     dtype = a_ptr.dtype.element_ty
-    eps: tl.constexpr = _EPS_FP32 if dtype == tl.float32 else _EPS_FP64
+    eps: tl.constexpr = EPS_FP32 if dtype == tl.float32 else EPS_FP64
     lanes = tl.arange(0, N)
     inside = lanes < n
     elements = lanes[:, None] * n + lanes[None, :]
@@ -67,7 +67,7 @@ def _dense_cg_kernel(
     unit64 = unit.to(tl.float64)
     threshold = tl.load(threshold_ptr + b) / (unit64 * unit64)
     threshold = tl.maximum(threshold, rr * (eps * eps))
-    code = _RUNNING
+    code = RUNNING
     iterations = 0
     while code < 0:
         ap = tl.sum(a * p[:, None], axis=0)
@@ -86,13 +86,13 @@ def _dense_cg_kernel(
     residual = (rhs / unit).to(tl.float64)
     residual -= tl.sum(a.to(tl.float64) * x.to(tl.float64)[:, None], axis=0)
     rr = tl.sum(residual * residual, axis=0)
-    code = tl.where((code == _CONVERGED) & (rr > threshold), _STAGNATED, code)
+    code = tl.where((code == CONVERGED) & (rr > threshold), STAGNATED, code)
     x *= unit
     largest = tl.max(tl.abs(x), axis=0)
-    judged = code < _BREAKDOWN
-    finite = (rr < _INF) & (largest < _INF)
-    code = tl.where(judged & ~finite, _NON_FINITE, code)
-    x = tl.where(code == _NON_FINITE, float("nan"), x)
+    judged = code < BREAKDOWN
+    finite = (rr < INF) & (largest < INF)
+    code = tl.where(judged & ~finite, NON_FINITE, code)
+    x = tl.where(code == NON_FINITE, float("nan"), x)
     tl.store(solution_ptr + b * n + lanes, x, mask=inside)
     tl.store(state_ptr + b, code)
     tl.store(state_ptr + tl.num_programs(0) + b, iterations)

@@ -6,26 +6,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonimplicit_kernels import status
+from tritonimplicit_kernels.triton.constants import (
+    CONVERGED,
+    DIVERGED,
+    INF,
+    MAX_ITERATIONS,
+    NON_FINITE,
+    RUNNING,
+)
 from tritonimplicit_kernels.triton.launch import launch
 from tritonimplicit_kernels.triton.programs import chunk_bounds, fold
 from tritonimplicit_kernels.triton.vectors import read_block, read_tail
-
-_RUNNING = tl.constexpr(status.RUNNING)
-_CONVERGED = tl.constexpr(status.CONVERGED)
-_MAX_ITERATIONS = tl.constexpr(status.MAX_ITERATIONS)
-_DIVERGED = tl.constexpr(status.DIVERGED)
-_NON_FINITE = tl.constexpr(status.NON_FINITE)
-_INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
 def _next_code(rr, iterations, threshold, limit, maxiter):
     """Say what a running system turns to; the last rule that holds wins."""
-    code = tl.where(iterations >= maxiter, _MAX_ITERATIONS, _RUNNING)
-    code = tl.where(rr > limit, _DIVERGED, code)
-    code = tl.where(rr <= threshold, _CONVERGED, code)
-    return tl.where(rr < _INF, code, _NON_FINITE)
+    code = tl.where(iterations >= maxiter, MAX_ITERATIONS, RUNNING)
+    code = tl.where(rr > limit, DIVERGED, code)
+    code = tl.where(rr <= threshold, CONVERGED, code)
+    return tl.where(rr < INF, code, NON_FINITE)
 
 
 @triton.jit
