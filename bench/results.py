@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from tritonimplicit_kernels.bench.results import Record
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,10 @@ class CaseResult:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Record):
     """All cases of a run, and what it ran on."""
 
-    environment: dict[str, Any]
     cases: list[CaseResult]
-
-    def save(self, folder: Path) -> Path:
-        """Write to a new file in `folder`, named by date and device."""
-        folder.mkdir(parents=True, exist_ok=True)
-        date = self.environment["date"].replace(":", "").replace("+0000", "Z")
-        path = folder / f"{date}-{self.environment['device']}.json"
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-        return path
 
     @classmethod
     def load(cls, path: Path) -> Report:

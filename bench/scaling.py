@@ -48,6 +48,13 @@ def problem(about: str, d: Tensor, b: Tensor, entries: list[Entry | Absent]) -> 
     )
 
 
+def _solvers(on: Callable[[Any], Callable[[], Tensor]]) -> Iterator[Entry | Absent]:
+    """Ours, and the peer of our names: `on(solver)` solves the problem."""
+    for name in (OURS, "TorchOpt"):
+        module = library(name)
+        yield module if isinstance(module, Absent) else _entry(name, on(solver_of(module)))
+
+
 def _entry(name: str, solve: Callable[[], Tensor]) -> Entry:
     return Entry(name, lambda: lambda: (solve(),))
 
@@ -102,14 +109,10 @@ def linear_operator(d: Tensor, b: Tensor) -> Entry | Absent:
 def by_size(n: int, setting: Setting) -> Problem:
     n = min(n, 10**6) if setting.quick else n
     d, b = diagonal(n, device=setting.device)
-    entries: list[Entry | Absent] = []
-    for name in (OURS, "TorchOpt"):
-        module = library(name)
-        if isinstance(module, Absent):
-            entries.append(module)
-        else:
-            entries.append(_entry(name, partial(solver_of(module), lambda v: d * v, b)))
-    entries += [linear_operator(d, b), jaxopt(setting, (d, b)), plain(d, b)]
+    entries = [
+        *_solvers(lambda solve: partial(solve, lambda v: d * v, b)),
+        *(linear_operator(d, b), jaxopt(setting, (d, b)), plain(d, b)),
+    ]
     return problem(f"n = {n:,}", d, b, entries)
 
 
@@ -121,15 +124,8 @@ def by_leaves(count: int, setting: Setting) -> Problem:
     def matvec(v: Tensors) -> Tensors:
         return tuple(x * y for x, y in zip(scales, v, strict=True))
 
-    entries: list[Entry | Absent] = []
-    for name in (OURS, "TorchOpt"):
-        module = library(name)
-        if isinstance(module, Absent):
-            entries.append(module)
-        else:
-            solve = partial(solver_of(module), matvec, leaves)
-            entries.append(_entry(name, partial(_joined, solve)))
-    entries += [
+    entries = [
+        *_solvers(lambda solve: partial(_joined, partial(solve, matvec, leaves))),
         Absent("linear_operator", "solves for one tensor"),
         jaxopt(setting, (*scales, *leaves)),
         _plain_of_leaves(matvec, leaves),

@@ -18,7 +18,6 @@ from bench.case import (
     Goal,
     Problem,
     ProductGoal,
-    Run,
     Setting,
     SpeedGoal,
     Tensors,
@@ -28,9 +27,9 @@ from bench.deq.equilibrium import (
     LIMIT,
     MODELS,
     RULES,
-    Counted,
     Equilibrium,
     Map,
+    counted_entry,
     exact_adjoint,
     norms,
     relative,
@@ -60,16 +59,7 @@ def ours(name: str, solver: LinearSolver, problem: Equilibrium) -> Entry:
         with torch.no_grad():
             return (solver(lambda v: v - vjp(v), problem.cotangent),)
 
-    def prepare() -> Run:
-        vjp = problem.vjp()
-        return lambda: run(vjp)
-
-    def matvecs() -> int:
-        counted = Counted(problem.vjp())
-        run(counted)
-        return counted.calls
-
-    return Entry(name, prepare, matvecs)
+    return counted_entry(name, problem.vjp, run)
 
 
 def plain(problem: Equilibrium, rtol: float, rule: str) -> Entry:
@@ -91,16 +81,7 @@ def plain(problem: Equilibrium, rtol: float, rule: str) -> Entry:
             u = after
         return (u,)
 
-    def prepare() -> Run:
-        vjp = problem.vjp()
-        return lambda: run(vjp)
-
-    def matvecs() -> int:
-        counted = Counted(problem.vjp())
-        run(counted)
-        return counted.calls
-
-    return Entry(f"{PLAIN}, Neumann", prepare, matvecs)
+    return counted_entry(f"{PLAIN}, Neumann", problem.vjp, run)
 
 
 def rounding(problem: Equilibrium, u: Tensor, exact: Map, rule: str) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bench.case import Setting, Tensors
+from bench.case import Entry, Run, Setting, Tensors
 from bench.models import Model, images, load, text
 from bench.models.language import CONTEXT
 from tritonimplicit.fixed_point import Anderson
@@ -129,3 +129,18 @@ class Counted:
     def __call__(self, v: Tensor) -> Tensor:
         self.calls += 1
         return self._function(v)
+
+
+def counted_entry(provider: str, make: Callable[[], Map], run: Callable[[Map], Tensors]) -> Entry:
+    """An entry that runs `run(f)`, f made by `make` off the clock; its products are f's calls."""
+
+    def prepare() -> Run:
+        f = make()
+        return lambda: run(f)
+
+    def matvecs() -> int:
+        counted = Counted(make())
+        run(counted)
+        return counted.calls
+
+    return Entry(provider, prepare, matvecs)

@@ -15,7 +15,6 @@ from bench.case import (
     Case,
     Entry,
     Problem,
-    Run,
     Setting,
     Tensors,
 )
@@ -24,9 +23,9 @@ from bench.deq.equilibrium import (
     LIMIT,
     MODELS,
     RULES,
-    Counted,
     Equilibrium,
     Map,
+    counted_entry,
     norms,
     relative,
     trained,
@@ -42,15 +41,10 @@ SOLVERS: dict[str, type[FixedPointSolver]] = {
 
 
 def ours(name: str, solver: FixedPointSolver, problem: Equilibrium) -> Entry:
-    def prepare() -> Run:
-        return lambda: (solver.solve(problem.f, problem.start).value,)
+    def run(f: Map) -> Tensors:
+        return (solver.solve(f, problem.start).value,)
 
-    def matvecs() -> int:
-        counted = Counted(problem.f)
-        solver.solve(counted, problem.start)
-        return counted.calls
-
-    return Entry(name, prepare, matvecs)
+    return counted_entry(name, lambda: problem.f, run)
 
 
 def plain(problem: Equilibrium, rtol: float, rule: str) -> Entry:
@@ -70,15 +64,7 @@ def plain(problem: Equilibrium, rtol: float, rule: str) -> Entry:
             z = after
         return (z,)
 
-    def prepare() -> Run:
-        return lambda: run(problem.f)
-
-    def matvecs() -> int:
-        counted = Counted(problem.f)
-        run(counted)
-        return counted.calls
-
-    return Entry(f"{PLAIN}, iteration", prepare, matvecs)
+    return counted_entry(f"{PLAIN}, iteration", lambda: problem.f, run)
 
 
 def build(name: str, rtol: float, rule: str, setting: Setting) -> Problem:

@@ -8,8 +8,8 @@ from types import ModuleType
 
 from torch import Tensor
 
-from bench.case import Absent, Entry, Run, Tensors
-from bench.deq.equilibrium import LIMIT, Counted, Map
+from bench.case import Absent, Entry, Tensors
+from bench.deq.equilibrium import LIMIT, Map, counted_entry
 from bench.libraries import library
 
 NAME = "torchdeq"
@@ -62,16 +62,7 @@ def default_backward(make: Callable[[], Map], start: Tensor) -> Entry | Absent:
         return Absent(label, module.reason)
     solve = module.solver.fixed_point_iter
 
-    def prepare() -> Run:
-        f = make()
-        return lambda: (solve(f, start, **DEFAULT)[0],)
-
-    def matvecs() -> int:
-        counted = Counted(make())
-        solve(counted, start, **DEFAULT)
-        return counted.calls
-
-    return Entry(label, prepare, matvecs)
+    return counted_entry(label, make, lambda f: (solve(f, start, **DEFAULT)[0],))
 
 
 def _entry(
@@ -89,16 +80,7 @@ def _entry(
             found.append(_least(solve, solver, make(), start, reaches))
         return (solve(f, start, max_iter=found[0], tol=0.0)[0],)
 
-    def prepare() -> Run:
-        f = make()
-        return lambda: run(f)
-
-    def matvecs() -> int:
-        counted = Counted(make())
-        run(counted)
-        return counted.calls
-
-    return Entry(f"{NAME}, {solver.label}", prepare, matvecs)
+    return counted_entry(f"{NAME}, {solver.label}", make, run)
 
 
 def _least(

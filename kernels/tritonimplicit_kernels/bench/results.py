@@ -45,13 +45,10 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Report:
-    """All rows of a run, what it ran on, and the bytes a second that a copy of a vector moves."""
+class Record:
+    """What a run found out on a machine, its fields kept as JSON."""
 
     environment: dict[str, Any]
-    copy_bandwidth: float
-    rows: list[Row]
-    comparisons: list[Comparison]
 
     def save(self, folder: Path) -> Path:
         """Write to a new file in `folder`, named by date and device."""
@@ -60,6 +57,15 @@ class Report:
         path = folder / f"{date}-{self.environment['device']}.json"
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
         return path
+
+
+@dataclass(frozen=True)
+class Report(Record):
+    """All rows of a run, what it ran on, and the bytes a second that a copy of a vector moves."""
+
+    copy_bandwidth: float
+    rows: list[Row]
+    comparisons: list[Comparison]
 
 
 _WIDTHS = {
