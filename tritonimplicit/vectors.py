@@ -191,6 +191,11 @@ def _contiguous(shape: torch.Size) -> list[int]:
     return strides[::-1]
 
 
+def beside(values: Tensor, leaf: Tensor) -> Tensor:
+    """Values of a batch's shape with as many dimensions as a leaf, to be broadcast along it."""
+    return values.reshape(*values.shape, *(1,) * (leaf.ndim - values.ndim))
+
+
 def _readable(leaf: Tensor, dtype: torch.dtype) -> bool:
     aligned = leaf.data_ptr() % _ALIGNMENT_BYTES == 0
     return leaf.dtype is dtype and leaf.is_contiguous() and aligned and not leaf.is_neg()

@@ -23,6 +23,7 @@ from tritonimplicit.fixed_point.iterates import Iterates
 from tritonimplicit.linear_solve import NormalCG
 from tritonimplicit.linear_solve.base import check_choice
 from tritonimplicit.linear_solve.iterative import IterativeSolver
+from tritonimplicit.vectors import beside
 
 Answer: TypeAlias = tuple[TensorTree, list[TensorTree], dict[str, Tensor]]
 """The fixed point, the iterates that were asked for, and torchdeq's statistics."""
@@ -154,7 +155,7 @@ def _largest(tree: TensorTree, batch_ndim: int) -> Tensor:
 
 def _along(values: Tensor, leaf: Tensor) -> Tensor:
     """Values of the batch's shape, to multiply a leaf with."""
-    return values.view(*values.shape, *(1,) * (leaf.ndim - values.ndim)).to(leaf.dtype)
+    return beside(values, leaf).to(leaf.dtype)
 
 
 def _statistics(solution: Solution) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tritonimplicit.diagnostics import Solution, TensorTree
 from tritonimplicit.linear_solve.base import check_count
 from tritonimplicit.torch_internals import transforms_active
+from tritonimplicit.vectors import beside
 from tritonimplicit_kernels import status as codes
 
 
@@ -112,7 +113,7 @@ class _Table:
         places = index % self._size
         known = self._owner[places] == index
         pairs = zip(self._values, otherwise, strict=True)
-        return [torch.where(_along(known, leaf), table[places], leaf) for table, leaf in pairs]
+        return [torch.where(beside(known, leaf), table[places], leaf) for table, leaf in pairs]
 
     @torch.inference_mode(False)  # whose tensors could not be written to outside of it
     def store(self, index: Tensor, values: list[Tensor], status: Tensor) -> None:
@@ -144,11 +145,6 @@ class _Table:
             )
         self._values = [t.to(leaf) for t, leaf in zip(self._values, like, strict=True)]
         self._owner = self._owner.to(like[0].device)
-
-
-def _along(known: Tensor, leaf: Tensor) -> Tensor:
-    """(B,) as (B, 1, ..., 1), beside a leaf."""
-    return known.view(-1, *(1,) * (leaf.ndim - 1))
 
 
 def _checked(index: object, leaves: list[Tensor]) -> Tensor:
