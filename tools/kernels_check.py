@@ -4,7 +4,7 @@ Prints a table, and fails on a spilled register, on a main loop's load that is n
 on an address computed in 32 bits, and where registers or spills are not those of
 kernels_budget.json, which `--update` writes.
 
-Of the product A p, leaves are read in the main loop element by element too, where a block is not
+Of products with A, leaves are read in the main loop element by element too, where a block is not
 all of one leaf: as many loads as on rows have to be wide, and spills are the budget's affair.
 Loads of bfloat16 rows may be narrower, as long as those of the other vectors are not.
 """
@@ -51,7 +51,7 @@ DTYPES = [torch.float32, torch.float64]
 RESIDENT = {"_dense_cg_kernel"}
 """Whole solves: what they read stays in registers, and their loops load nothing."""
 PRODUCTS = {"": None, " leaves": torch.int64, " bfloat16": torch.bfloat16}
-"""What A p may be instead of rows of the vectors' dtype: a table of leaves, or rows of bfloat16."""
+"""What a product may be beside rows of the vectors' dtype: a table of leaves, rows of bfloat16."""
 BUDGET = Path(__file__).with_name("kernels_budget.json")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SINGLE_VECTORS = {

@@ -6,6 +6,7 @@ counted. A test holds the table in the docs against a new count.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -137,15 +138,16 @@ class Meter:
 def count(op: str, k: int = _COUNTS[0], in_leaves: bool = False) -> Count:
     """Run `op` in the interpreter, on systems that all run and have k vectors, and count.
 
-    With `in_leaves` the product, if there is one, is read from two leaves: together a vector.
+    With `in_leaves` each product is read from two leaves: together a vector.
     """
     values = arguments(op, torch.float32, _BATCH, _LD, _PARTIALS, k)
     if not in_leaves:
         return count_on(op, values)
-    leaves = [torch.ones(_BATCH, _LD // 2) for _ in range(2)]
     tables = LeafTables([0, _LD // 2], [_LD // 2] * 2, _LD, torch.float32, "cpu")
-    (product,) = PRODUCT & values.keys()
-    return count_on(op, values | {product: tables.table(leaves)}, leaves)
+    products = {name: torch.ones(2, _BATCH, _LD // 2).unbind() for name in PRODUCT & values.keys()}
+    assert products, f"{op} reads no product"
+    values |= {name: tables.table(leaves) for name, leaves in products.items()}
+    return count_on(op, values, list(itertools.chain(*products.values())))
 
 
 def count_on(

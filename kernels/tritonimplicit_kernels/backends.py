@@ -17,7 +17,7 @@ class Backend(Protocol):
     """The plain functions of one backend, without the argument checks of the registered ops.
 
     An eager solver loop calls these directly; the layouts are those of `tritonimplicit_kernels`.
-    Those of "triton" take a table of `LeafTables` too in the place of `ap` or `ax`.
+    Those of "triton" take a table of `LeafTables` too in the place of a product.
     """
 
     @property
@@ -193,7 +193,7 @@ class Backend(Protocol):
 
     def multi_dot(
         self,
-        v: Tensor,
+        w: Tensor,
         basis: Tensor,
         count: int,
         state: Tensor,

@@ -2,8 +2,8 @@
 
 B systems, rows of ld elements (ld a multiple of 16, the padding zero), P partial sums a row; a
 basis or a history has room for K vectors of each system. Or, where there is a matrix `a`, dense
-systems of n unknowns. What a matvec has returned, `ap` or `ax`, may be float16 or bfloat16: it is
-widened as it is read.
+systems of n unknowns. What a matvec has returned, `ap`, `ax`, `v` or `t`, may be float16 or
+bfloat16: it is widened as it is read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_ITERATIONS: Final = 2**31 - 1
 
 _VECTOR_DTYPES = (torch.float32, torch.float64)
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
-PRODUCT: Final = frozenset({"ap", "ax"})
+PRODUCT: Final = frozenset({"ap", "ax", "v", "t"})
 """What a matvec has returned: read only, so that it may have half the vectors' precision."""
 _HISTORIES = ("basis", "residuals", "moves")
 _ROWS = (

@@ -1,7 +1,7 @@
 """Vectors of several tensors, read where these lie: the table that the Triton kernels follow.
 
 A row of such a vector is laid out as any other: leaf i has the elements from `starts[i]`, a
-multiple of 16, on. But it is nowhere in one piece: in the place of the rows of `ap` or `ax`, a
+multiple of 16, on. But it is nowhere in one piece: in the place of the rows of a product, a
 Triton kernel takes a table, int64,
 
     [address of the owners; then of each leaf: origin, stride, end, code]

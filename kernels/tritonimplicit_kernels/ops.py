@@ -28,7 +28,7 @@ SCHEMAS: Final = {
     "neumann_step": "Tensor(a!) x, Tensor ax, Tensor b, Tensor alpha, Tensor rr, Tensor state, "
     "Tensor threshold, Tensor limit, int maxiter, Tensor(b!) rr_out, Tensor(c!) state_out, "
     "Tensor(d!) residual_sq",
-    "multi_dot": "Tensor v, Tensor basis, int count, Tensor state, Tensor(a!) products",
+    "multi_dot": "Tensor w, Tensor basis, int count, Tensor state, Tensor(a!) products",
     "arnoldi_project": "Tensor w, Tensor basis, int count, Tensor first, Tensor state, "
     "Tensor(a!) w_out, Tensor(b!) second, Tensor(c!) ww",
     "arnoldi_step": "Tensor w, Tensor(a!) basis, int count, Tensor first, Tensor second, "
@@ -208,15 +208,15 @@ def neumann_step(
     )
 
 
-def multi_dot(v: Tensor, basis: Tensor, count: int, state: Tensor, products: Tensor) -> None:
-    """Write the partial sums of basis[j].v into `products[j]` for j < count = k: k + 1 passes.
+def multi_dot(w: Tensor, basis: Tensor, count: int, state: Tensor, products: Tensor) -> None:
+    """Write the partial sums of basis[j].w into `products[j]` for j < count = k: k + 1 passes.
 
-    v: (B, ld); basis: (K, B, ld), of which the first `count` vectors are read, of norm 1 or so;
+    w: (B, ld); basis: (K, B, ld), of which the first `count` vectors are read, of norm 1 or so;
     state: (2, B) int32; products: (K, B, P) float64, zero for a frozen system.
 
     Raises TypeError or ValueError for a wrong dtype, shape, device, stride, alignment or count.
     """
-    torch.ops.tritonimplicit.multi_dot(v, basis, count, state, products)
+    torch.ops.tritonimplicit.multi_dot(w, basis, count, state, products)
 
 
 def arnoldi_project(

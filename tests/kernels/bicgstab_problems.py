@@ -137,8 +137,11 @@ def pbicgstab(batch: int, n: int, dtype: torch.dtype, count: int = 1) -> PBiCGST
     return PBiCGSTAB(**vars(step), y=y, z=torch.full_like(y, torch.nan), inverse=inverse)
 
 
-def oracle(step: BiCGSTAB) -> dict[str, Close]:
-    """Do van der Vorst's iteration in float64, with first-order bounds on rounding."""
+def oracle(step: BiCGSTAB, given_t: Tensor | None = None) -> dict[str, Close]:
+    """Do van der Vorst's iteration in float64, with first-order bounds on rounding.
+
+    `given_t` is the t that was read, where it is not diag(diagonal) s but for rounding.
+    """
     dtype, n = step.x.dtype, step.x.shape[1]
     # As in `problems`: rounding to the vectors' dtype, and four sums of n terms in float64.
     u = torch.finfo(dtype).eps + 4 * (n**0.5 + 1) * EPS64
@@ -159,6 +162,8 @@ def oracle(step: BiCGSTAB) -> dict[str, Close]:
     d_s = 2 * u * (r.abs() + (alpha * v).abs()) + d_alpha * v.abs()
     z, t = z_scale * s, diagonal * z_scale * s
     d_z, d_t = z_scale * d_s + u * z.abs(), diagonal * z_scale * d_s + 2 * u * t.abs()
+    if given_t is not None:
+        t, d_t = given_t.double(), torch.zeros_like(d_t)
     tt = total(t * t)
     omega = total(t * s) / tt
     d_ts = total(t.abs() * d_s + s.abs() * d_t + u * (t * s).abs())

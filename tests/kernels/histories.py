@@ -218,7 +218,7 @@ def combination_oracle(v: Tensor, c: Tensor, vectors: Tensor, eps: float) -> Clo
 
 
 _KNOWN_AS = {
-    "multi_dot": {"v": "w", "products": "first"},
+    "multi_dot": {"products": "first"},
     "arnoldi_step": {"w": "w_out"},
 }
 

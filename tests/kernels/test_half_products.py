@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import tritonimplicit_kernels as kernels
+from tests.kernels.bicgstab_problems import RESULTS as BICGSTAB_RESULTS
+from tests.kernels.bicgstab_problems import SUMS, BiCGSTAB, bicgstab, oracle, pbicgstab
 from tests.kernels.problems import (
     CG,
     DTYPES,
@@ -21,6 +23,7 @@ from tests.kernels.problems import (
 
 HALF = [torch.float16, torch.bfloat16]
 RESULTS = ("x", "r", "p", "dots", "rr_out", "rz_out", "state_out", "residual_sq")
+every_half = pytest.mark.parametrize("half", HALF)
 
 
 def with_half_product(step: Step, half: torch.dtype) -> tuple[Step, Step]:
@@ -33,7 +36,7 @@ def with_half_product(step: Step, half: torch.dtype) -> tuple[Step, Step]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("half", HALF)
+@every_half
 @pytest.mark.parametrize(("batch", "n", "count"), [(1, 4099, 2), (3, 1000, 2)])
 @pytest.mark.parametrize("make", [cg, pcg, neumann])
 def test_a_half_product_gives_the_bits_of_the_same_product_widened(
@@ -56,7 +59,39 @@ def test_a_half_product_gives_the_bits_of_the_same_product_widened(
         close.check(actual.sum(1) if name in ("rr_out", "rz_out") else actual)
 
 
-@pytest.mark.parametrize("half", HALF)
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_half
+@pytest.mark.parametrize(("batch", "n", "count"), [(1, 4099, 2), (3, 1000, 2)])
+@pytest.mark.parametrize("make", [bicgstab, pbicgstab])
+def test_half_products_give_bicgstab_the_bits_of_the_same_widened(
+    target: Target,
+    make: type,
+    batch: int,
+    n: int,
+    count: int,
+    half: torch.dtype,
+    dtype: torch.dtype,
+) -> None:
+    step: BiCGSTAB = make(batch, n, dtype, count)
+    done, expected = (step.to(target.device) for _ in range(2))
+    for each, width in ((done, half), (expected, dtype)):
+        each.v = each.v.to(half).to(width)
+        each.launch_dots(target.backend)
+        each.launch_half_step(target.backend)
+        each.multiply()
+        each.t = each.t.to(half).to(width)
+        each.launch_half_dots(target.backend)
+        each.launch_step(target.backend)
+    done, expected = done.to("cpu"), expected.to("cpu")
+    for name in BICGSTAB_RESULTS:
+        assert torch.equal(getattr(done, name), getattr(expected, name)), name
+    step.v = expected.v
+    for name, close in oracle(step, expected.t).items():
+        actual = getattr(done, name)
+        close.check(actual.sum(1) if name in SUMS else actual)
+
+
+@every_half
 def test_the_registered_ops_take_it(half: torch.dtype) -> None:
     (step, _), (richardson, _) = (
         with_half_product(make(2, 40, torch.float32, 2), half) for make in (pcg, neumann)
@@ -75,6 +110,24 @@ def test_the_registered_ops_take_it(half: torch.dtype) -> None:
         *(richardson.rr_out, richardson.state_out, richardson.residual_sq),
     )
     assert step.x.isfinite().all() and richardson.x.isfinite().all()
+
+
+@every_half
+@pytest.mark.parametrize("make", [bicgstab, pbicgstab])
+def test_the_registered_ops_of_bicgstab_take_it(make: type, half: torch.dtype) -> None:
+    step: BiCGSTAB = make(2, 40, torch.float32, 2)
+    step.v = step.v.to(half)
+    step.launch_dots(kernels)  # type: ignore[arg-type]
+    step.launch_half_step(kernels)  # type: ignore[arg-type]
+    step.multiply()
+    step.t = step.t.to(half)
+    step.launch_half_dots(kernels)  # type: ignore[arg-type]
+    step.launch_step(kernels)  # type: ignore[arg-type]
+    assert all(getattr(step, name).isfinite().all() for name in BICGSTAB_RESULTS)
+    dots = (step.shadow, step.v, step.state, step.shadow_dots)
+    torch.library.opcheck(torch.ops.tritonimplicit.bicgstab_dots.default, dots)
+    half_dots = (step.shadow, step.s, step.t, step.state, step.half_dots)
+    torch.library.opcheck(torch.ops.tritonimplicit.bicgstab_half_dots.default, half_dots)
 
 
 def test_what_a_step_updates_is_never_half() -> None:

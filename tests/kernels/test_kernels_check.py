@@ -158,7 +158,7 @@ def test_the_budget_names_every_kernel_on_every_target() -> None:
     kernels = {
         f"{op}_kernel {dtype}{form}"
         for op, arguments in check.ops.SCHEMAS.items()
-        for form in (check.PRODUCTS if re.search(r"\b(ap|ax)\b", arguments) else ("",))
+        for form in (check.PRODUCTS if re.search(r"\b(ap|ax|v|t)\b", arguments) else ("",))
         for dtype in ("float32", "float64")
     }
     assert len(budget) == len(check.TARGETS)

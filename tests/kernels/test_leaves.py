@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -11,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels.bicgstab_problems import RESULTS as BICGSTAB_RESULTS
+from tests.kernels.bicgstab_problems import BiCGSTAB, bicgstab, oracle, pbicgstab
 from tests.kernels.problems import (
     CG,
     DTYPES,
     F64,
+    Neumann,
     Step,
     Target,
     cg,
@@ -23,14 +27,17 @@ from tests.kernels.problems import (
     neumann_oracle,
     pcg,
 )
-from tritonimplicit_kernels import LeafTables, backend, partial_count, readable
+from tritonimplicit_kernels import Backend, LeafTables, backend, partial_count, readable
 
 triton = pytest.importorskip("triton", reason="triton is a dependency on Linux only")
 
-from tests.kernels.test_triton import assert_same_bits, shuffled_programs  # noqa: E402
+from tests.kernels.test_steps import same  # noqa: E402
+from tests.kernels.test_triton import results, shuffled_programs  # noqa: E402
 
 HALF = [torch.float16, torch.bfloat16]
-MAKERS = [cg, pcg, neumann]
+MAKERS = [cg, pcg, neumann, bicgstab, pbicgstab]
+Place = Callable[[Tensor], Tensor]
+PRODUCTS = ("ap", "ax", "v", "t")
 
 
 @dataclass
@@ -55,7 +62,7 @@ class Form:
 
 
 def rows_of(leaves: list[Tensor], starts: list[int], ld: int, dtype: torch.dtype) -> Tensor:
-    rows = torch.zeros(leaves[0].shape[0], ld, dtype=dtype)
+    rows = leaves[0].new_zeros(leaves[0].shape[0], ld, dtype=dtype)
     for leaf, start in zip(leaves, starts, strict=True):
         rows[:, start : start + leaf.shape[1]] = leaf
     return rows
@@ -70,32 +77,50 @@ def places(forms: list[Form]) -> tuple[list[int], int]:
     return starts, ld
 
 
-PRODUCT = {cg: "ap", pcg: "ap", neumann: "ax"}
+def launch(step: Step, backend: Backend, place: Place) -> None:
+    """Do one step, each of whose products (B, ld) is what `place` makes of it."""
+    if not isinstance(step, BiCGSTAB):
+        name = "ap" if isinstance(step, CG) else "ax"
+        setattr(step, name, place(getattr(step, name)))
+        return step.launch(backend)
+    step.v = place(step.v)
+    step.launch_dots(backend)
+    step.launch_half_step(backend)
+    step.multiply()
+    step.t = place(step.t)
+    step.launch_half_dots(backend)
+    return step.launch_step(backend)
+
+
+def assert_same_bits(one: Step, other: Step) -> None:
+    for name in BICGSTAB_RESULTS if isinstance(one, BiCGSTAB) else results(one):
+        assert same(getattr(one, name), getattr(other, name)), name
 
 
 def both_ways(
     target: Target, make: type, batch: int, forms: list[Form], dtype: torch.dtype, count: int
 ) -> tuple[Step, Step, Step]:
-    """Return a step with its product in rows, what it comes to, and the same read from leaves."""
+    """Return a step, what it comes to with its products in rows, and the same read from leaves."""
     starts, ld = places(forms)
     step: Step = make(batch, ld, dtype, count)
-    if isinstance(step, CG):
+    if batch > 1 and not isinstance(step, Neumann):
         step.state[0, -1], step.residual_sq[-1] = 3, 7.0  # frozen, beside those that run
-    name = PRODUCT[make]
-    values: Tensor = getattr(step, name)
-    leaves = [
-        form.make(values[:, start : start + form.size].to(target.device))
-        for form, start in zip(forms, starts, strict=True)
-    ]
-    assert all(map(readable, leaves))
-    setattr(step, name, rows_of([leaf.cpu() for leaf in leaves], starts, ld, dtype))
-    expected = target.run(step)
-    moved = step.to(target.device)
-    sizes = [form.size for form in forms]
-    tables = LeafTables(starts, sizes, ld, dtype, target.device)
-    setattr(moved, name, tables.table(leaves))
-    moved.launch(target.backend)
-    return step, expected, moved.to("cpu")
+    tables = LeafTables(starts, [form.size for form in forms], ld, dtype, target.device)
+    made = []  # tables hold addresses alone
+
+    def leaves_of(values: Tensor) -> list[Tensor]:
+        pairs = zip(forms, starts, strict=True)
+        made.append([form.make(values[:, start : start + form.size]) for form, start in pairs])
+        assert all(map(readable, made[-1]))
+        return made[-1]
+
+    def rows(values: Tensor) -> Tensor:
+        return rows_of(leaves_of(values), starts, ld, dtype)
+
+    expected, done = step.to(target.device), step.to(target.device)
+    launch(expected, target.backend, rows)
+    launch(done, target.backend, lambda values: tables.table(leaves_of(values)))
+    return step, expected.to("cpu"), done.to("cpu")
 
 
 # In float32 a block is 2048 elements: a whole one, one with four leaves' pieces, a masked tail.
@@ -141,11 +166,17 @@ def test_a_step_on_leaves_is_the_oracles(
     triton_target: Target, make: type, dtype: torch.dtype
 ) -> None:
     forms = [Form(1024, torch.bfloat16), Form(48, torch.float16, offset=1), Form(160)]
-    step, _, done = both_ways(triton_target, make, 2, forms, dtype, 1)
-    expected = cg_oracle(step) if isinstance(step, CG) else neumann_oracle(step)
+    step, rows, done = both_ways(triton_target, make, 2, forms, dtype, 1)
+    for name in PRODUCTS:
+        if hasattr(step, name):
+            setattr(step, name, getattr(rows, name))
+    if isinstance(step, BiCGSTAB):
+        expected = oracle(step, step.t)
+    else:
+        expected = cg_oracle(step) if isinstance(step, CG) else neumann_oracle(step)
     for name, close in expected.items():
         actual = getattr(done, name)
-        runs = slice(0, 1 if isinstance(step, CG) else 2)  # the last system of CG is frozen
+        runs = slice(0, 2 if isinstance(step, Neumann) else 1)  # the others' last one is frozen
         close.value, close.bound = close.value[runs], close.bound[runs]
         close.check((actual.sum(1) if name in ("rr_out", "rz_out") else actual)[runs])
 
@@ -164,7 +195,7 @@ def trees(draw: st.DrawFn) -> tuple[int, list[Form]]:
 
 
 @pytest.mark.interpreter
-@settings(deadline=None, max_examples=25)  # the interpreter takes milliseconds a program
+@settings(deadline=None, max_examples=40)  # the interpreter takes milliseconds a program
 @given(tree=trees(), make=st.sampled_from(MAKERS), count=st.integers(1, 3))
 def test_any_leaves_are_read_as_rows_are(
     tree: tuple[int, list[Form]], make: type, count: int

@@ -32,7 +32,7 @@ ARGUMENTS = {
     "pcg_step": (*PCG_STEP, "rr_out", "rz_out", "state_out", "residual_sq"),
     "neumann_step": NEUMANN_STEP + OUTPUTS,
     "dense_cg": DENSE_CG,
-    "multi_dot": ("v", "basis", "count", "state", "products"),
+    "multi_dot": ("w", "basis", "count", "state", "products"),
     "arnoldi_project": ("w", "basis", "count", "first", "state", "w_out", "second", "ww"),
     "arnoldi_step": (
         *("w", "basis", "count", "first", "second", "ww", "left", "column", "norm", "rr", "state"),

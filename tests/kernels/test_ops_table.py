@@ -40,7 +40,9 @@ def test_an_iteration_is_as_lean_as_promised(method: str, passes: int, launches:
     assert (counted.passes, counted.launches) == (passes, launches)
 
 
-@pytest.mark.parametrize("method", ["`CG`", "`CG(M=Jacobi())`", "`Neumann`"])
+@pytest.mark.parametrize(
+    "method", ["`CG`", "`CG(M=Jacobi())`", "`Neumann`", "`BiCGSTAB`", "`BiCGSTAB(M=...)`"]
+)
 def test_a_product_in_leaves_takes_no_more(method: str) -> None:
     rows, leaves = (
         ops_table.count_iteration(method, in_leaves=in_leaves) for in_leaves in (False, True)

@@ -22,7 +22,8 @@ from tools.addresses import narrow_addresses  # noqa: E402
 from tools.op_arguments import arguments  # noqa: E402
 from tritonimplicit_kernels import ops  # noqa: E402
 from tritonimplicit_kernels import triton as kernels  # noqa: E402
-from tritonimplicit_kernels.layout import SHAPES, shape_of  # noqa: E402
+from tritonimplicit_kernels.layout import PRODUCT, SHAPES, shape_of  # noqa: E402
+from tritonimplicit_kernels.leaves import RECORD  # noqa: E402
 from tritonimplicit_kernels.triton import launch as launching  # noqa: E402
 
 compiles = pytest.mark.skipif(
@@ -56,6 +57,12 @@ def somewhere(op: str, dtype: torch.dtype, batch: int, ld: int, partials: int) -
         return list(arguments(op, dtype, batch, ld, partials).values())
 
 
+def products_of(op: str) -> set[str]:
+    """The arguments of an op that may be leaves."""
+    schema = getattr(torch.ops.tritonimplicit, op).default._schema
+    return PRODUCT & {argument.name for argument in schema.arguments}
+
+
 @compiles
 @pytest.mark.parametrize("op", ops.SCHEMAS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,6 +72,19 @@ def test_no_size_is_compiled_anew(op: str, dtype: torch.dtype) -> None:
             getattr(kernels, op)(*somewhere(op, dtype, batch, ld, partials))
             chunks = {"dense_cg": 1, "anderson_mix": kernels.partial_count(ld)}.get(op, partials)
             assert launches.take()[:3] == (batch * chunks, 1, 1)
+    assert launches.by_triton == len(SIZES)
+    assert launches.compiled == [f"_{op}_kernel"]
+
+
+@compiles
+@pytest.mark.parametrize("op", [op for op in ops.SCHEMAS if products_of(op)])
+def test_no_leaves_are_compiled_anew(op: str) -> None:
+    with launches_written_down(keep=False) as launches:
+        for count, (batch, ld, partials) in enumerate(SIZES, start=1):
+            with torch.device("meta"):
+                values = arguments(op, torch.float32, batch, ld, partials)
+                table = torch.zeros(1 + RECORD * count, dtype=torch.int64)
+            getattr(kernels, op)(*(values | dict.fromkeys(products_of(op), table)).values())
     assert launches.by_triton == len(SIZES)
     assert launches.compiled == [f"_{op}_kernel"]
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import tritonimplicit_kernels as kernels
-from tritonimplicit.linear_solve import CG, Jacobi, Neumann, NormalCG
+from tritonimplicit.linear_solve import CG, BiCGSTAB, Jacobi, Neumann, NormalCG
+from tritonimplicit.linear_solve.bicgstab import _Twice
 from tritonimplicit.linear_solve.rows import RowMatvec
 from tritonimplicit.vectors import Layout
 
@@ -16,7 +17,10 @@ SOLVERS = {
     "cg-jacobi": CG(rtol=1e-3, maxiter=12, M=Jacobi(2)),
     "normal_cg": NormalCG(rtol=1e-3, maxiter=12),
     "neumann": Neumann(rtol=1e-3, maxiter=12, alpha=0.6),
+    "bicgstab": BiCGSTAB(rtol=1e-3, maxiter=12),
+    "bicgstab-jacobi": BiCGSTAB(rtol=1e-3, maxiter=12, M=Jacobi(2)),
 }
+PRODUCTS = {"bicgstab": 2, "bicgstab-jacobi": 2}  # a step; of the others 1
 FLOAT = (torch.float32,) * 3
 MIXED = (torch.bfloat16, torch.float32, torch.float16)
 
@@ -94,9 +98,10 @@ def test_a_solve_that_reads_leaves_has_the_bits_of_one_that_reads_rows(
     assert_same_solution(in_graphs(solver, device)(matvec, b), expected)
 
 
+@pytest.mark.parametrize("kind", [CG, BiCGSTAB])
 @pytest.mark.parametrize("memory", MEMORY)
-def test_a_product_may_lie_in_memory_as_it_likes(memory, device):
-    solver = CG(rtol=1e-3, maxiter=12, batch_ndim=1)
+def test_a_product_may_lie_in_memory_as_it_likes(memory, kind, device):
+    solver = kind(rtol=1e-3, maxiter=12, batch_ndim=1)
     b = tree(FLOAT, device)
 
     def matvec(v):
@@ -108,6 +113,51 @@ def test_a_product_may_lie_in_memory_as_it_likes(memory, device):
 
     expected = dataclasses.replace(solver, backend="triton").solve(plainly, b)
     assert_same_solution(in_graphs(solver, device)(matvec, b), expected)
+
+
+class Reusing:
+    """A diagonal matrix; the results' leaves `reused` share their memory, from a call on."""
+
+    def __init__(self, reused, from_call=1):
+        self.reused, self.from_call, self.calls, self.out = reused, from_call, 0, None
+
+    def __call__(self, v):
+        self.calls += 1
+        av = {name: scale(leaf) * leaf for name, leaf in v.items()}
+        if self.reused is None or self.calls < self.from_call:
+            return av
+        if self.out is None:
+            self.out = torch.empty_like(av[self.reused])
+        return av | {self.reused: self.out.copy_(av[self.reused])}
+
+
+@pytest.mark.parametrize("reused", ["a", "c"])
+def test_bicgstabs_first_product_outlives_a_second_in_the_same_memory(reused, device):
+    solver, b = BiCGSTAB(rtol=1e-6, maxiter=12, batch_ndim=1), tree(FLOAT, device)
+    expected = in_graphs(solver, device)(Reusing(None), b)
+    assert (expected.iterations > 2).all()
+    assert_same_solution(in_graphs(solver, device)(Reusing(reused), b), expected)
+
+
+def test_leaves_that_come_to_share_memory_are_an_error(device):
+    solver, b = BiCGSTAB(rtol=1e-6, maxiter=12, batch_ndim=1), tree(FLOAT, device)
+    solver = dataclasses.replace(solver, cuda_graph=True, backend="triton")
+    with pytest.raises(RuntimeError, match=r"writes over its last result.*result\.clone\(\)"):
+        solver.solve(Reusing("b", from_call=4), b)
+
+
+@pytest.mark.parametrize("reused", [None, "b"])
+def test_leaves_of_a_first_product_are_copied_only_where_their_memory_is_used_again(reused):
+    b = tree(FLOAT)
+    apply, v, _ = product_of(b, Reusing(reused))
+    product = _Twice(apply)
+    for copied in (True, reused is not None, reused is not None):
+        first = product.first(v)
+        own = zip(first, product._result, strict=True)
+        assert all((kept is leaf) != copied for kept, leaf in own)
+        values = [leaf.clone() for leaf in first]
+        product.second(2 * v)
+        assert all(map(torch.equal, first, values))
 
 
 def product_of(b, matvec, ridge=None):
@@ -170,9 +220,10 @@ def test_a_graphs_products_have_tables_made_before_it(monkeypatch):
     assert second[3::4].tolist() == [6, 16 + 4]
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
-def test_a_solve_makes_as_many_tables_as_its_graph_has_products(solver, monkeypatch):
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_solve_makes_as_many_tables_as_its_graph_has_products(name, monkeypatch):
     events, product = [], RowMatvec.product
+    solver, products = SOLVERS[name], 4 * PRODUCTS.get(name, 1)
     loop = "tritonimplicit.linear_solve.loop"
 
     def capture(steps, progress):
@@ -184,17 +235,23 @@ def test_a_solve_makes_as_many_tables_as_its_graph_has_products(solver, monkeypa
         events.append("product")
         return product(apply, v)
 
+    joined = RowMatvec.joined
     monkeypatch.setattr(f"{loop}.capture", capture)
     monkeypatch.setattr(RowMatvec, "product", note)
+    monkeypatch.setattr(
+        RowMatvec,
+        "joined",
+        lambda apply, parts: (events.append("product"), joined(apply, parts))[1],
+    )
     monkeypatch.setattr(RowMatvec, "before_capture", lambda apply, count: events.append(count))
     asked = dataclasses.replace(
         solver, rtol=0.0, cuda_graph=True, check_every=4, backend="reference", on_failure="ignore"
     )
     b = torch.randn(50)
-    asked.solve(lambda v: scale(v) * v + v.mean(), b)
+    asked.solve(lambda v: scale(v) * v + 0.2 * (v.roll(1) + v.roll(-1)), b)  # many eigenvalues
     at = events.index("capture")
-    assert events[at - 1] == 4
-    assert events[at : events.index("captured")] == ["capture", *["product"] * 4]
+    assert events[at - 1] == products
+    assert events[at : events.index("captured")] == ["capture", *["product"] * products]
 
 
 @pytest.mark.gpu

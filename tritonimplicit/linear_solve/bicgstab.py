@@ -16,7 +16,7 @@ from tritonimplicit.linear_solve.loop import Recurrence, solve_and_verify
 from tritonimplicit.linear_solve.plain import RowFunction, normalised
 from tritonimplicit.linear_solve.preconditioners import row_preconditioner
 from tritonimplicit.linear_solve.progress import Progress
-from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution, share_memory
+from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit.operators import Matvec
 from tritonimplicit.vectors import Layout
 
@@ -47,14 +47,16 @@ class _BiCGSTAB(Recurrence):
     The names are van der Vorst's; `shadow` is his r hat, and s lies where r was.
     """
 
+    products = 2
+
     def __init__(
         self, solver: BiCGSTAB, apply: RowMatvec, b: Tensor, precondition: RowFunction | None
     ):
         self.apply, self.b = apply, b
+        self._maxiter = solver.iteration_limit(apply.layout)
+        self._backend = solver.backend_for(apply, b)
         self._product = _Twice(apply)
         self._preconditioner = None if precondition is None else _Twice(precondition)
-        self._maxiter = solver.iteration_limit(apply.layout)
-        self._backend = kernels.backend(solver.backend, b.device, b.dtype)
         b_norm = kernels.row_norms(b)
         self.x, self._r = solver.start(apply, b, b_norm)
         norm = kernels.row_norms(self._r)
@@ -72,8 +74,9 @@ class _BiCGSTAB(Recurrence):
     def step(self) -> None:
         state, p, r, shadow = self.progress, self._p, self._r, self._shadow
         M = self._preconditioner
-        y = p if M is None else M.first(p)
-        v = self._product.first(y)
+        (y,) = [p] if M is None else M.first(p)
+        v_parts = self._product.first(y)
+        v = self.apply.joined(v_parts)
         self._backend.bicgstab_dots(shadow, v, state.state, self._shadow_dots)
         self._backend.bicgstab_half_step(
             r,
@@ -90,8 +93,9 @@ class _BiCGSTAB(Recurrence):
             state.state_out,
             state.residual_sq,
         )
-        z = r if M is None else M.second(r)
-        t = self._product.second(z)
+        (z,) = [r] if M is None else M.second(r)
+        t_parts = self._product.second(z)
+        t = self.apply.joined(t_parts)
         self._backend.bicgstab_half_dots(shadow, r, t, state.state_out, self._half_dots)
         sums = self._shadow_dots, self._ss, self._half_dots
         scalars = self._alpha, self._unit, state.threshold, state.state_out, self._rho, state.rr_out
@@ -115,31 +119,36 @@ class _BiCGSTAB(Recurrence):
 class _Twice:
     """A map that is called twice an iteration, such that its first result outlives the second.
 
+    A result is the tensors that it lies in, as of `RowMatvec.parts`; other maps return rows.
     For most maps it does by itself. That is seen in the first iteration, in which the first result
     is copied; it is from then on if the map uses one buffer for all. A map that comes to do so
     later, as one that is compiled to CUDA graphs on its way, is an error.
     """
 
     def __init__(self, fn: RowFunction):
-        self._fn = fn
-        self._second_fn = fn.twin() if isinstance(fn, RowMatvec) else fn
+        if isinstance(fn, RowMatvec):
+            self._fn, self._second_fn = fn.parts, fn.twin().parts
+        else:
+            self._fn = self._second_fn = lambda v: [fn(v)]
         self._copies = True
-        self._result: Tensor | None = None
-        self._copy: Tensor | None = None
+        self._result: list[Tensor] | None = None
+        self._copy: list[Tensor] | None = None
 
-    def first(self, v: Tensor) -> Tensor:
+    def first(self, v: Tensor) -> list[Tensor]:
         self._result = result = self._fn(v)
         if not self._copies:
             self._copy = None
             return result
         if self._copy is None:
-            self._copy = torch.empty_like(result)
-        return self._copy.copy_(result)
+            self._copy = [
+                torch.empty_like(part, memory_format=torch.contiguous_format) for part in result
+            ]
+        return [copy.copy_(part) for copy, part in zip(self._copy, result, strict=True)]
 
-    def second(self, v: Tensor) -> Tensor:
+    def second(self, v: Tensor) -> list[Tensor]:
         result = self._second_fn(v)
         if self._result is not None:
-            shared = share_memory(self._result, result)
+            shared = bool(_memory(self._result) & _memory(result))
             if shared and not self._copies:
                 raise RuntimeError(
                     "the matvec, or M, returned new tensors at first and now writes over its last "
@@ -149,6 +158,11 @@ class _Twice:
             self._copies = shared
         self._result = None
         return result
+
+
+def _memory(tensors: list[Tensor]) -> set[int]:
+    """Where the pieces of memory begin that tensors lie in; what is empty lies in none."""
+    return {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
 
 
 def solve_bicgstab(

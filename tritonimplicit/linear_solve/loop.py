@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,9 @@ class Steps(Protocol):
 class Recurrence(abc.ABC):
     """A method's vectors and its step; x (B, ld) is updated in place."""
 
+    products: ClassVar[int] = 1
+    """How many products a step has that it may read from leaves in place."""
+
     apply: RowMatvec
     b: Tensor
     x: Tensor
@@ -67,7 +70,7 @@ class Recurrence(abc.ABC):
 
     def before_capture(self, steps: int) -> None:
         """Do what has to be done before so many steps are captured in a graph."""
-        self.apply.before_capture(steps)  # a step that reads leaves has one product
+        self.apply.before_capture(steps * self.products)
 
     def captured(self) -> None:
         """Do what is left to do for steps that a graph has captured, before it is replayed."""

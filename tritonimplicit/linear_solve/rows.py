@@ -67,8 +67,10 @@ class RowMatvec:
         return rows
 
     def twin(self) -> RowMatvec:
-        """Return the same with a buffer of its own."""
-        return RowMatvec(self.matvec, self.layout, self.ridge, self._name)
+        """Return the same with a buffer of its own, and with the same tables."""
+        twin = RowMatvec(self.matvec, self.layout, self.ridge, self._name)
+        twin._tables = self._tables
+        return twin
 
     def read_leaves_in_place(self) -> None:
         """Have `product` return tables of leaves, where rows would be a copy of what A v is.
@@ -87,10 +89,22 @@ class RowMatvec:
         if self._tables is None:
             return self(v)
         self._leaves.clear()  # a graph that is being captured has their memory for this product
+        self._leaves += self.parts(v)
+        return self.joined(self._leaves)
+
+    def parts(self, v: Tensor) -> list[Tensor]:
+        """A v + ridge v in the pieces that `product` reads it from: rows, or leaves (B, size)."""
+        if self._tables is None:
+            return [self(v)]
         leaves = self.layout.leaves_of(self._result(v), f"the result of {self._name}")
-        for leaf, size in zip(leaves, self.layout.sizes, strict=True):
-            self._leaves.append(_in_place(leaf.detach().reshape(self.layout.systems, size), v))
-        return self._tables.table(self._leaves)
+        return [
+            _in_place(leaf.detach().reshape(self.layout.systems, size), v)
+            for leaf, size in zip(leaves, self.layout.sizes, strict=True)
+        ]
+
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """`product` of `parts`, which have to be kept until the launches that read it are made."""
+        return parts[0] if self._tables is None else self._tables.table(parts)
 
     def before_capture(self, products: int) -> None:
         """Make what a graph with so many products needs, in memory that is not the graph's."""

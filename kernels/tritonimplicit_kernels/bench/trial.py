@@ -20,7 +20,7 @@ _COMMON: Final = {"state": status.RUNNING, "threshold": 0.0, "limit": math.inf, 
 _SLOT: Final = 2
 NUMBERS: Final = {"maxiter": 1000, "count": VECTORS, "slot": _SLOT, "beta": 0.5}
 _KNOWN_AS: Final = {
-    "multi_dot": {"v": "w", "products": "first"},
+    "multi_dot": {"products": "first"},
     "arnoldi_step": {"w": "w_out"},
 }
 """Arguments that have another name in the ops before or after, to which it is handed on."""

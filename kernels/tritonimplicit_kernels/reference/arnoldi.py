@@ -21,9 +21,9 @@ from tritonimplicit_kernels.reference.history import (
 from tritonimplicit_kernels.reference.rules import decide_arnoldi
 
 
-def multi_dot(v: Tensor, basis: Tensor, count: int, state: Tensor, products: Tensor) -> None:
-    """Write basis[j].v of each running system into `products[j]`, and zero for a frozen one."""
-    write_running(products[:count], running(state), row_products(basis[:count], v))
+def multi_dot(w: Tensor, basis: Tensor, count: int, state: Tensor, products: Tensor) -> None:
+    """Write basis[j].w of each running system into `products[j]`, and zero for a frozen one."""
+    write_running(products[:count], running(state), row_products(basis[:count], w))
 
 
 def arnoldi_project(

@@ -20,17 +20,17 @@ from tritonimplicit_kernels.reference.tiles import (
 
 def bicgstab_dots(shadow: Tensor, v: Tensor, state: Tensor, shadow_dots: Tensor) -> None:
     """Write r^.v, r^.r^ and v.v of each running system, and zero for a frozen one."""
-    if v.device.type != "cpu":
+    if shadow.device.type != "cpu":
         return plain.bicgstab_dots(shadow, v, state, shadow_dots)
     shadow_dots.zero_()
-    for rows in row_groups(v, state[0] < 0):
+    for rows in row_groups(shadow, state[0] < 0):
         tiles = column_tiles(*take(rows, shadow, v))
         write_sums(shadow_dots, rows, row_sums(_shadow_products(*tile) for tile in tiles))
     return None
 
 
 def _shadow_products(shadow: Tensor, v: Tensor) -> Tensor:
-    room = scratch(v)
+    room = scratch(shadow)
     shadow, v = widen(shadow, room.first), widen(v, room.second)
     return torch.stack([products(shadow, v, room.third), squares(shadow), squares(v)])
 
@@ -63,7 +63,7 @@ def bicgstab_half_step(
     if scale is None:
         advances, scale = decide_half(*scalars, r.dtype)
     for rows in row_groups(r, advances):
-        vectors = take(rows, r, v)
+        vectors = take(rows, r, v.to(r.dtype))
         here = scale[rows] if isinstance(scale, Tensor) else scale
         sums = row_sums(_half_update(tile, here) for tile in column_tiles(*vectors))
         write_sums(ss, rows, sums)
@@ -154,7 +154,7 @@ def pbicgstab_step(
         if not any(fresh.tolist()):
             fresh = None
     for rows in row_groups(x, runs):
-        vectors = take(rows, x, r, p, shadow, y, z, v, t)
+        vectors = take(rows, x, r, p, shadow, y, z, v.to(x.dtype), t.to(x.dtype))
         here = tuple(scale[rows] if isinstance(scale, Tensor) else scale for scale in scales)
         begins = None if fresh is None else fresh[rows]
         sums = row_sums(_update(tile, here, begins) for tile in column_tiles(*vectors))

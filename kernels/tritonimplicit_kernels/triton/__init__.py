@@ -13,13 +13,14 @@ from tritonimplicit_kernels.triton.arnoldi_step import arnoldi_step
 from tritonimplicit_kernels.triton.bicgstab_dots import bicgstab_dots
 from tritonimplicit_kernels.triton.bicgstab_half_dots import bicgstab_half_dots
 from tritonimplicit_kernels.triton.bicgstab_half_step import bicgstab_half_step
-from tritonimplicit_kernels.triton.bicgstab_step import bicgstab_step, pbicgstab_step
+from tritonimplicit_kernels.triton.bicgstab_step import bicgstab_step
 from tritonimplicit_kernels.triton.cg_dots import _cg_dots_kernel, cg_dots
 from tritonimplicit_kernels.triton.cg_step import cg_step
 from tritonimplicit_kernels.triton.dense_cg import dense_cg
 from tritonimplicit_kernels.triton.launch import partial_count
 from tritonimplicit_kernels.triton.multi_dot import multi_dot
 from tritonimplicit_kernels.triton.neumann_step import neumann_step
+from tritonimplicit_kernels.triton.pbicgstab_step import pbicgstab_step
 from tritonimplicit_kernels.triton.pcg_dots import pcg_dots
 from tritonimplicit_kernels.triton.pcg_step import pcg_step
 

@@ -8,13 +8,7 @@ from torch import Tensor
 
 from tritonimplicit_kernels.triton.launch import launch
 from tritonimplicit_kernels.triton.programs import chunk_bounds
-
-
-@triton.jit
-def _load(shadow_ptr, v_ptr, offsets, mask, other):
-    """Return a block of both in float64."""
-    shadow = tl.load(shadow_ptr + offsets, mask=mask, other=other).to(tl.float64)
-    return shadow, tl.load(v_ptr + offsets, mask=mask, other=other).to(tl.float64)
+from tritonimplicit_kernels.triton.vectors import read_block, read_tail
 
 
 @triton.jit(do_not_specialize=["ld16", "P"])
@@ -38,16 +32,18 @@ def _bicgstab_dots_kernel(
         ld = ld16.to(tl.int64) * 16
         start, whole, end = chunk_bounds(pid % P, ld, P, BLOCK)
         shadow_ptr += b * ld
-        v_ptr += b * ld
         lanes = tl.arange(0, BLOCK).to(tl.int64)
+        dtype = shadow_ptr.dtype.element_ty
         for i in range(start, whole, BLOCK):
-            shadow, v = _load(shadow_ptr, v_ptr, i + lanes, None, None)
+            shadow = tl.load(shadow_ptr + i + lanes).to(tl.float64)
+            v = read_block(v_ptr, b, ld, i, dtype, BLOCK).to(tl.float64)
             along += shadow * v
             shadow_sq += shadow * shadow
             vv += v * v
         if whole < end:
             tail = whole + lanes
-            shadow, v = _load(shadow_ptr, v_ptr, tail, tail < end, 0.0)
+            shadow = tl.load(shadow_ptr + tail, mask=tail < end, other=0.0).to(tl.float64)
+            v = read_tail(v_ptr, b, ld, whole, dtype, BLOCK).to(tl.float64)
             along += shadow * v
             shadow_sq += shadow * shadow
             vv += v * v
@@ -58,4 +54,4 @@ def _bicgstab_dots_kernel(
 
 def bicgstab_dots(shadow: Tensor, v: Tensor, state: Tensor, shadow_dots: Tensor) -> None:
     """Write the partial sums of r^.v, r^.r^ and v.v into `shadow_dots`, zero where frozen."""
-    launch(_bicgstab_dots_kernel, v, shadow_dots, shadow, v, state, shadow_dots)
+    launch(_bicgstab_dots_kernel, shadow, shadow_dots, shadow, v, state, shadow_dots)

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from tritonimplicit_kernels.triton.launch import launch
 from tritonimplicit_kernels.triton.programs import chunk_bounds
+from tritonimplicit_kernels.triton.vectors import read_block, read_tail
 
 
 @triton.jit
-def _load(shadow_ptr, s_ptr, t_ptr, offsets, mask, other):
-    """Return a block of each in float64."""
+def _load(shadow_ptr, s_ptr, offsets, mask, other):
+    """Return a block of both in float64."""
     shadow = tl.load(shadow_ptr + offsets, mask=mask, other=other).to(tl.float64)
-    s = tl.load(s_ptr + offsets, mask=mask, other=other).to(tl.float64)
-    return shadow, s, tl.load(t_ptr + offsets, mask=mask, other=other).to(tl.float64)
+    return shadow, tl.load(s_ptr + offsets, mask=mask, other=other).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["ld16", "P"])
@@ -42,17 +42,19 @@ def _bicgstab_half_dots_kernel(
         start, whole, end = chunk_bounds(pid % P, ld, P, BLOCK)
         shadow_ptr += b * ld
         s_ptr += b * ld
-        t_ptr += b * ld
         lanes = tl.arange(0, BLOCK).to(tl.int64)
+        dtype = s_ptr.dtype.element_ty
         for i in range(start, whole, BLOCK):
-            shadow, s, t = _load(shadow_ptr, s_ptr, t_ptr, i + lanes, None, None)
+            shadow, s = _load(shadow_ptr, s_ptr, i + lanes, None, None)
+            t = read_block(t_ptr, b, ld, i, dtype, BLOCK).to(tl.float64)
             ts += t * s
             tt += t * t
             shadow_s += shadow * s
             shadow_t += shadow * t
         if whole < end:
             tail = whole + lanes
-            shadow, s, t = _load(shadow_ptr, s_ptr, t_ptr, tail, tail < end, 0.0)
+            shadow, s = _load(shadow_ptr, s_ptr, tail, tail < end, 0.0)
+            t = read_tail(t_ptr, b, ld, whole, dtype, BLOCK).to(tl.float64)
             ts += t * s
             tt += t * t
             shadow_s += shadow * s

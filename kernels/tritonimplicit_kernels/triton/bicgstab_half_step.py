@@ -9,12 +9,12 @@ from torch import Tensor
 from tritonimplicit_kernels.triton.bicgstab_rules import next_code, outweighs
 from tritonimplicit_kernels.triton.launch import launch
 from tritonimplicit_kernels.triton.programs import chunk_bounds, fold
+from tritonimplicit_kernels.triton.vectors import read_block, read_tail
 
 
 @triton.jit
-def _update_block(r_ptr, v_ptr, alpha, offsets, mask, other):
+def _update_block(r_ptr, v, alpha, offsets, mask, other):
     """Turn one block of r into s; return the squares of s in float64."""
-    v = tl.load(v_ptr + offsets, mask=mask, other=other)
     s = tl.load(r_ptr + offsets, mask=mask, other=other) - alpha * v
     tl.store(r_ptr + offsets, s, mask=mask)
     s64 = s.to(tl.float64)
@@ -75,13 +75,14 @@ def _bicgstab_half_step_kernel(
         ld = ld16.to(tl.int64) * 16
         start, whole, end = chunk_bounds(pid % P, ld, P, BLOCK)
         r_ptr += b * ld
-        v_ptr += b * ld
         lanes = tl.arange(0, BLOCK).to(tl.int64)
         for i in range(start, whole, BLOCK):
-            squares += _update_block(r_ptr, v_ptr, scale, i + lanes, None, None)
+            v = read_block(v_ptr, b, ld, i, dtype, BLOCK)
+            squares += _update_block(r_ptr, v, scale, i + lanes, None, None)
         if whole < end:
             tail = whole + lanes
-            squares += _update_block(r_ptr, v_ptr, scale, tail, tail < end, 0.0)
+            v = read_tail(v_ptr, b, ld, whole, dtype, BLOCK)
+            squares += _update_block(r_ptr, v, scale, tail, tail < end, 0.0)
     tl.store(ss_ptr + pid, tl.sum(squares, axis=0))
 
 

@@ -1,7 +1,4 @@
-"""Last launch of a BiCGSTAB iteration: omega and beta; x, r and p: 8 passes, 10 with M.
-
-van der Vorst 1992 (doi 10.1137/0913035), with the next r^.r from r^.s and r^.t.
-"""
+"""Last launch of a BiCGSTAB iteration: omega and beta; x, r and p: 8 passes."""
 
 from __future__ import annotations
 
@@ -9,106 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonimplicit_kernels.triton.bicgstab_rules import next_rho, stabilising
+from tritonimplicit_kernels.triton.bicgstab_update import step
 from tritonimplicit_kernels.triton.launch import launch
-from tritonimplicit_kernels.triton.programs import chunk_bounds, fold
-
-
-@triton.jit
-def _update_block(
-    x_ptr, r_ptr, p_ptr, shadow_ptr, y_ptr, z_ptr, v_ptr, t_ptr, scalars, offsets, mask, other
-):
-    """Update one block of x, r, p; return the squares of the new r in float64.
-
-    y = M p and z = M s are p and s where there is no M. A fresh start is along r, its own shadow.
-    """
-    x_alpha, x_omega, omega, beta, fresh = scalars
-    s = tl.load(r_ptr + offsets, mask=mask, other=other)
-    p = tl.load(p_ptr + offsets, mask=mask, other=other)
-    y, z = p, s
-    if y_ptr is not None:
-        y = tl.load(y_ptr + offsets, mask=mask, other=other)
-        z = tl.load(z_ptr + offsets, mask=mask, other=other)
-    x = tl.load(x_ptr + offsets, mask=mask, other=other)
-    r = s - omega * tl.load(t_ptr + offsets, mask=mask, other=other)
-    p = r + beta * (p - omega * tl.load(v_ptr + offsets, mask=mask, other=other))
-    tl.store(x_ptr + offsets, x + x_alpha * y + x_omega * z, mask=mask)
-    tl.store(r_ptr + offsets, r, mask=mask)
-    tl.store(p_ptr + offsets, tl.where(fresh, r, p), mask=mask)
-    if fresh:
-        tl.store(shadow_ptr + offsets, r, mask=mask)
-    r64 = r.to(tl.float64)
-    return r64 * r64
-
-
-@triton.jit
-def _step(
-    x_ptr,
-    r_ptr,
-    p_ptr,
-    shadow_ptr,
-    y_ptr,
-    z_ptr,
-    v_ptr,
-    t_ptr,
-    shadow_dots_ptr,
-    ss_ptr,
-    half_dots_ptr,
-    alpha_ptr,
-    unit_ptr,
-    threshold_ptr,
-    state_ptr,
-    rho_ptr,
-    rr_out_ptr,
-    ld16,
-    P,
-    MAX_P: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    programs = tl.num_programs(0).to(tl.int64)
-    b = (pid // P).to(tl.int64)
-    dtype = x_ptr.dtype.element_ty
-    unit = tl.load(unit_ptr + b)
-
-    squares = tl.zeros([BLOCK], tl.float64)
-    if tl.load(state_ptr + b) < 0:
-        along = fold(shadow_dots_ptr + b * P, P, MAX_P)
-        shadow_sq = fold(shadow_dots_ptr + programs + b * P, P, MAX_P)
-        ts = fold(half_dots_ptr + b * P, P, MAX_P)
-        tt = fold(half_dots_ptr + programs + b * P, P, MAX_P)
-        ss = fold(ss_ptr + b * P, P, MAX_P)
-        shadow_s = fold(half_dots_ptr + 2 * programs + b * P, P, MAX_P)
-        shadow_t = fold(half_dots_ptr + 3 * programs + b * P, P, MAX_P)
-        alpha = tl.load(alpha_ptr + b)
-        needed = ss * unit * unit > tl.load(threshold_ptr + b)
-        omega = stabilising(ts, tt, ss, needed, dtype)
-        rho = next_rho(omega, alpha, along, shadow_s, shadow_t, shadow_sq, ss, dtype)
-        fresh = rho == 0
-        omega64 = omega.to(tl.float64)
-        beta = (rho / tl.where(fresh, 1.0, along * omega64)).to(dtype)
-        scalars = (alpha * unit).to(dtype), (omega64 * unit).to(dtype), omega, beta, fresh
-        if pid % P == 0:
-            tl.store(rho_ptr + b, rho)
-        ld = ld16.to(tl.int64) * 16
-        start, whole, end = chunk_bounds(pid % P, ld, P, BLOCK)
-        x_ptr += b * ld
-        r_ptr += b * ld
-        p_ptr += b * ld
-        shadow_ptr += b * ld
-        v_ptr += b * ld
-        t_ptr += b * ld
-        if y_ptr is not None:
-            y_ptr += b * ld
-            z_ptr += b * ld
-        vectors = x_ptr, r_ptr, p_ptr, shadow_ptr, y_ptr, z_ptr, v_ptr, t_ptr
-        lanes = tl.arange(0, BLOCK).to(tl.int64)
-        for i in range(start, whole, BLOCK):
-            squares += _update_block(*vectors, scalars, i + lanes, None, None)
-        if whole < end:
-            tail = whole + lanes
-            squares += _update_block(*vectors, scalars, tail, tail < end, 0.0)
-    tl.store(rr_out_ptr + pid, tl.sum(squares, axis=0) * unit * unit)
 
 
 @triton.jit(do_not_specialize=["ld16", "P"])
@@ -133,28 +32,10 @@ def _bicgstab_step_kernel(
     MAX_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    _step(
-        x_ptr,
-        r_ptr,
-        p_ptr,
-        shadow_ptr,
-        None,
-        None,
-        v_ptr,
-        t_ptr,
-        shadow_dots_ptr,
-        ss_ptr,
-        half_dots_ptr,
-        alpha_ptr,
-        unit_ptr,
-        threshold_ptr,
-        state_ptr,
-        rho_ptr,
-        rr_out_ptr,
-        ld16,
-        P,
-        MAX_P,
-        BLOCK,
+    step(
+        *(x_ptr, r_ptr, p_ptr, shadow_ptr, None, None, v_ptr, t_ptr),
+        *(shadow_dots_ptr, ss_ptr, half_dots_ptr, alpha_ptr, unit_ptr),
+        *(threshold_ptr, state_ptr, rho_ptr, rr_out_ptr, ld16, P, MAX_P, BLOCK),
     )
 
 
@@ -184,99 +65,6 @@ def bicgstab_step(
         r,
         p,
         shadow,
-        v,
-        t,
-        shadow_dots,
-        ss,
-        half_dots,
-        alpha,
-        unit,
-        threshold,
-        state,
-        rho,
-        rr_out,
-    )
-
-
-@triton.jit(do_not_specialize=["ld16", "P"])
-def _pbicgstab_step_kernel(
-    x_ptr,
-    r_ptr,
-    p_ptr,
-    shadow_ptr,
-    y_ptr,
-    z_ptr,
-    v_ptr,
-    t_ptr,
-    shadow_dots_ptr,
-    ss_ptr,
-    half_dots_ptr,
-    alpha_ptr,
-    unit_ptr,
-    threshold_ptr,
-    state_ptr,
-    rho_ptr,
-    rr_out_ptr,
-    ld16,
-    P,
-    MAX_P: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    _step(
-        x_ptr,
-        r_ptr,
-        p_ptr,
-        shadow_ptr,
-        y_ptr,
-        z_ptr,
-        v_ptr,
-        t_ptr,
-        shadow_dots_ptr,
-        ss_ptr,
-        half_dots_ptr,
-        alpha_ptr,
-        unit_ptr,
-        threshold_ptr,
-        state_ptr,
-        rho_ptr,
-        rr_out_ptr,
-        ld16,
-        P,
-        MAX_P,
-        BLOCK,
-    )
-
-
-def pbicgstab_step(
-    x: Tensor,
-    r: Tensor,
-    p: Tensor,
-    shadow: Tensor,
-    y: Tensor,
-    z: Tensor,
-    v: Tensor,
-    t: Tensor,
-    shadow_dots: Tensor,
-    ss: Tensor,
-    half_dots: Tensor,
-    alpha: Tensor,
-    unit: Tensor,
-    threshold: Tensor,
-    state: Tensor,
-    rho: Tensor,
-    rr_out: Tensor,
-) -> None:
-    """Finish the iteration of each running system, with y = M p and z = M s."""
-    launch(
-        _pbicgstab_step_kernel,
-        x,
-        rr_out,
-        x,
-        r,
-        p,
-        shadow,
-        y,
-        z,
         v,
         t,
         shadow_dots,

@@ -12,7 +12,7 @@ from tritonimplicit_kernels.triton.programs import chunk_bounds
 
 @triton.jit(do_not_specialize=["count", "ld16", "P"])
 def _multi_dot_kernel(
-    v_ptr,
+    w_ptr,
     basis_ptr,
     count,
     state_ptr,
@@ -32,20 +32,20 @@ def _multi_dot_kernel(
     if tl.load(state_ptr + b) < 0:
         ld = ld16.to(tl.int64) * 16
         start, whole, end = chunk_bounds(pid % P, ld, P, BLOCK)
-        v_ptr += b * ld
+        w_ptr += b * ld
         basis_ptr += b * ld
         row_offsets = rows * ((programs // P) * ld)
         lanes = tl.arange(0, BLOCK)
         for s in range(start, whole, BLOCK):
-            v = tl.load(v_ptr + s + lanes).to(tl.float64)
-            sums += load_rows(basis_ptr, row_offsets, have, s + lanes, None) * v[None, :]
+            w = tl.load(w_ptr + s + lanes).to(tl.float64)
+            sums += load_rows(basis_ptr, row_offsets, have, s + lanes, None) * w[None, :]
         if whole < end:
             tail = whole + lanes
-            v = tl.load(v_ptr + tail, mask=tail < end, other=0.0).to(tl.float64)
-            sums += load_rows(basis_ptr, row_offsets, have, tail, tail < end) * v[None, :]
+            w = tl.load(w_ptr + tail, mask=tail < end, other=0.0).to(tl.float64)
+            sums += load_rows(basis_ptr, row_offsets, have, tail, tail < end) * w[None, :]
     tl.store(products_ptr + rows * programs + pid, tl.sum(sums, axis=1), mask=have)
 
 
-def multi_dot(v: Tensor, basis: Tensor, count: int, state: Tensor, products: Tensor) -> None:
-    """Write the partial sums of basis[j].v into `products[j]`, zero for a frozen system."""
-    launch_rows(_multi_dot_kernel, basis, products.shape[-1], v, basis, count, state, products)
+def multi_dot(w: Tensor, basis: Tensor, count: int, state: Tensor, products: Tensor) -> None:
+    """Write the partial sums of basis[j].w into `products[j]`, zero for a frozen system."""
+    launch_rows(_multi_dot_kernel, basis, products.shape[-1], w, basis, count, state, products)

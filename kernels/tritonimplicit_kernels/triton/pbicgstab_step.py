@@ -1,0 +1,85 @@
+"""Last launch of a BiCGSTAB iteration with y = M p and z = M s: 10 passes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritonimplicit_kernels.triton.bicgstab_update import step
+from tritonimplicit_kernels.triton.launch import launch
+
+
+@triton.jit(do_not_specialize=["ld16", "P"])
+def _pbicgstab_step_kernel(
+    x_ptr,
+    r_ptr,
+    p_ptr,
+    shadow_ptr,
+    y_ptr,
+    z_ptr,
+    v_ptr,
+    t_ptr,
+    shadow_dots_ptr,
+    ss_ptr,
+    half_dots_ptr,
+    alpha_ptr,
+    unit_ptr,
+    threshold_ptr,
+    state_ptr,
+    rho_ptr,
+    rr_out_ptr,
+    ld16,
+    P,
+    MAX_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    step(
+        *(x_ptr, r_ptr, p_ptr, shadow_ptr, y_ptr, z_ptr, v_ptr, t_ptr),
+        *(shadow_dots_ptr, ss_ptr, half_dots_ptr, alpha_ptr, unit_ptr),
+        *(threshold_ptr, state_ptr, rho_ptr, rr_out_ptr, ld16, P, MAX_P, BLOCK),
+    )
+
+
+def pbicgstab_step(
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    shadow: Tensor,
+    y: Tensor,
+    z: Tensor,
+    v: Tensor,
+    t: Tensor,
+    shadow_dots: Tensor,
+    ss: Tensor,
+    half_dots: Tensor,
+    alpha: Tensor,
+    unit: Tensor,
+    threshold: Tensor,
+    state: Tensor,
+    rho: Tensor,
+    rr_out: Tensor,
+) -> None:
+    """Finish the iteration of each running system, with y = M p and z = M s."""
+    launch(
+        _pbicgstab_step_kernel,
+        x,
+        rr_out,
+        x,
+        r,
+        p,
+        shadow,
+        y,
+        z,
+        v,
+        t,
+        shadow_dots,
+        ss,
+        half_dots,
+        alpha,
+        unit,
+        threshold,
+        state,
+        rho,
+        rr_out,
+    )
