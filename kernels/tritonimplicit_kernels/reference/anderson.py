@@ -51,10 +51,10 @@ def anderson_dots(
     widened = -(-(count + 3) // WIDENED)
     for rows in row_groups(z, runs, widened):
         spans = _spans(z.shape[1], TILE // widened)
-        sums = row_sums(_remember_tile(*vectors, slot, count, beta, rows, span) for span in spans)
-        write_sums(row[:count], rows, sums[:count])
-        write_sums(products[:count], rows, sums[count : 2 * count])
-        write_sums(squares, rows, sums[2 * count :])
+        dots = row_sums(_remember_tile(*vectors, slot, count, beta, rows, span) for span in spans)
+        write_sums(row[:count], rows, dots[:count])
+        write_sums(products[:count], rows, dots[count : 2 * count])
+        write_sums(squares, rows, dots[2 * count :])
 
 
 def anderson_mix(
