@@ -24,6 +24,7 @@ class Broyden(FixedPointSolver):
     z <- z - H r, H an approximation of the inverse Jacobian of r: -I at first, then a rank-one
     update a step. The "good" one changes the approximate Jacobian least, the "bad" one its inverse.
     It keeps `memory` updates, two vectors each, and begins again at H = -I when they are full.
+    `backend` is "auto" (Triton on a GPU), "reference" (plain torch) or "triton".
 
     Broyden, "A class of methods for solving nonlinear simultaneous equations", Math. Comp. 19,
     1965; Kelley, "Iterative Methods for Linear and Nonlinear Equations", SIAM, 1995, chapter 7.
@@ -31,10 +32,12 @@ class Broyden(FixedPointSolver):
 
     memory: int = 20
     update: str = "good"
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
+        check_choice("backend", self.backend, kernels.BACKENDS)
         check_count("memory", self.memory)
         if self.memory == 0:
             raise ValueError("memory must be at least 1: with no updates there is Picard.")
@@ -74,16 +77,22 @@ class InverseJacobian:
 
 
 class _QuasiNewton(Successive):
-    """H = -I + sum over j of _left[j] _right[j]^T."""
+    """H = -I + sum over j of _left[j] _right[j]^T; a frozen sample's stays as it is."""
 
     def __init__(self, solver: Broyden, f: RowMatvec, z: Tensor):
         super().__init__(solver, f, z)
         self._good = solver.update == "good"
         memory = max(1, min(solver.memory, solver.maxiter))
-        self._left = z.new_zeros(memory, *z.shape)
+        samples, ld = z.shape
+        self._backend = kernels.backend(solver.backend, z.device, z.dtype)
+        partials = self._backend.partial_count(ld)
+        self._left = z.new_zeros(memory, samples, ld)
         self._right = torch.zeros_like(self._left)
+        self._products = z.new_empty(memory, samples, partials, dtype=torch.float64)
+        self._coefficients = self._products.new_zeros(samples, memory)
+        self._zero = torch.zeros_like(z)
         self._count = 0
-        self._before: tuple[Tensor, Tensor] | None = None
+        self._before: tuple[Tensor, Tensor, Tensor] | None = None  # z, r and -H r
 
     def inverse(self) -> InverseJacobian:
         """-H, of the samples whose updates are finite."""
@@ -94,32 +103,47 @@ class _QuasiNewton(Successive):
         return InverseJacobian(self._f.layout, left, right)
 
     def _next(self) -> Tensor:
-        if self._before is not None:
-            z, residual = self._before
-            self._update(self.z - z, self.residual - residual)
-        self._before = self.z, self.residual
-        return self.z - self._product(self._left, self._right, self.residual)
-
-    def _update(self, s: Tensor, y: Tensor) -> None:
-        """Make H y = s, s the last step and y the change of the residual."""
-        if self._count == len(self._left):
+        if self._before is not None and self._count == len(self._left):
+            z, residual, _ = self._before
+            self._before = z, residual, residual  # H = -I again
             self._count = 0
-        j = self._count
-        # A unit vector, so that no product of two vectors overflows.
+        step = self._product(self._left, self._right, self.residual)
+        if self._before is not None:
+            step = self._update(step, *self._before)
+        self._before = self.z, self.residual, step
+        return self.z + step
+
+    def _update(self, step: Tensor, z: Tensor, residual: Tensor, step_before: Tensor) -> Tensor:
+        """Make H y = s, s the last step and y the change of the residual; return -H r.
+
+        `step` is -H r before that, `step_before` -H times the last `residual`: H y is their
+        difference, and costs no product.
+        """
+        j, s, y = self._count, self.z - z, self.residual - residual
+        # A unit vector, so that no product of two vectors overflows; `left` turns with its sign.
         right, _ = normalised(self._product(self._right, self._left, s) if self._good else y)
-        lack = s - self._product(self._left, self._right, y)
+        lack = (s - step_before).add_(step)
         denominator = kernels.row_dots(right, y)
         # No update where it has no direction: the secant is already met, or cannot be.
         left = lack / column(denominator, lack.dtype)
-        usable = (denominator != 0)[:, None]
+        usable = ((denominator != 0) & (self.progress.state_out[0] < 0))[:, None]
         self._left[j] = torch.where(usable, left, 0.0)
         self._right[j] = torch.where(usable, right, 0.0)
         self._count = j + 1
+        along = kernels.row_dots(self._right[j], self.residual)
+        return step - self._left[j] * column(along, step.dtype)
 
     def _product(self, left: Tensor, right: Tensor, v: Tensor) -> Tensor:
-        """(-I + left right^T) v; with the two exchanged that is the transpose."""
+        """-H v, or with left and right exchanged -H^T v; anything for a frozen sample."""
         k = self._count
-        return -v if k == 0 else _low_rank(left[:k], right[:k], v) - v
+        if k == 0:
+            return v
+        state, out = self.progress.state_out, torch.empty_like(v)
+        self._backend.multi_dot(v, right, k, state, self._products)
+        self._coefficients[:, :k] = self._products[:k].sum(-1).T
+        mix = self._backend.anderson_mix
+        mix(self._zero, v, left, self._coefficients, k, 1.0, state, out)
+        return out
 
 
 def _low_rank(left: Tensor, right: Tensor, v: Tensor) -> Tensor:
