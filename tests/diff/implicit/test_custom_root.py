@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 import tritonimplicit as ti
 from tritonimplicit import custom_root
-from tritonimplicit.linear_solve import CG, Dense, Neumann, NormalCG
+from tritonimplicit.linear_solve import CG, GMRES, Dense, Neumann, NormalCG
 
 DOUBLE = torch.float64
 PREFIX = r"^custom_root\(optimality_fn\)\(solver_fn\)\(\*args\):"
@@ -410,3 +410,22 @@ def test_two_solvers_decorated_alike_are_independent():
     a = torch.ones(1, requires_grad=True)
     got = grad(one(None, a) + two(None, a), a)
     assert got[0].item() == 4 and one.__name__ == "<lambda>"
+
+
+DETACHED = {
+    "detached": lambda x, a: x.detach() - a,
+    "without grad": torch.no_grad()(lambda x, a: x - a),
+    "constant": torch.func.grad(lambda x, a: (x * a).sum()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which jvp calls
+@pytest.mark.parametrize("solve", [None, CG(), Dense(), Neumann(), GMRES()], ids=repr)
+@pytest.mark.parametrize("optimality", DETACHED.values(), ids=DETACHED.keys())
+def test_an_optimality_that_does_not_depend_on_the_solution(optimality, solve):
+    a = torch.ones(2, requires_grad=True)
+    solver = custom_root(optimality, argnums=1, solve=solve)(lambda _, a: a + 0)
+    with pytest.raises(RuntimeError, match="does not depend on its first argument"):
+        solver(None, a).sum().backward()
+    with pytest.raises(RuntimeError, match="does not depend on its first argument"):
+        torch.func.jvp(lambda a: solver(None, a), (a.detach(),), (torch.ones(2),))

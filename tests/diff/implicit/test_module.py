@@ -821,3 +821,19 @@ def test_solve_of_a_mixin(data, reg):
 
     (gradient,) = torch.autograd.grad(outer(Module(reg).solve(*data).w), reg)
     assert_exact(gradient, expected_gradient(*data, reg), data[0], reg)
+
+
+def test_an_objective_that_does_not_depend_on_the_parameters(reg):
+    class Detached(ImplicitMetaGradientModule):
+        def __init__(self, reg):
+            super().__init__()
+            self.reg, self.w = reg, nn.Parameter(torch.zeros(N, dtype=torch.float64))
+
+        def objective(self):
+            return (self.w.detach() * self.reg).square().sum()
+
+        def solve(self):
+            return self
+
+    with pytest.raises(RuntimeError, match="does not depend on its first argument"):
+        outer(Detached(reg).solve().w).backward()

@@ -6,11 +6,13 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tritonimplicit.diff.implicit.decorator import SolverFn, custom_root
-from tritonimplicit.diff.implicit.pytrees import tree_map, tree_structure
+from tritonimplicit.diff.implicit.pytrees import tree_leaves, tree_map, tree_structure
 from tritonimplicit.operators import Solve
+from tritonimplicit.torch_internals import transforms_active
 
 
 def custom_fixed_point(
@@ -38,9 +40,26 @@ def custom_fixed_point(
                 f"fixed_point_fn returned the structure {structure}; it must return that of the "
                 f"solution, {expected}."
             )
-        return tree_map(_difference, z, image)
+        difference = tree_map(_difference, z, image)
+        _check_recorded(z, image)
+        return difference
 
     return custom_root(residual, argnums, has_aux, solve, argnames=argnames)
+
+
+def _check_recorded(z: Any, image: Any) -> None:
+    """Raise RuntimeError where autograd was to record the image and has not."""
+    if not torch.is_grad_enabled() or transforms_active():
+        return
+    if _requires_grad(z) and not _requires_grad(image):
+        raise RuntimeError(
+            "the result of fixed_point_fn, or of the layer, depends on none of its arguments "
+            "through autograd: was it detached, or computed under torch.no_grad() or outside torch?"
+        )
+
+
+def _requires_grad(tree: Any) -> bool:
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(tree))
 
 
 def _difference(z: Tensor, image: Tensor) -> Tensor:
