@@ -26,7 +26,13 @@ from tritonimplicit.operators import (
     pullback,
     pushforward,
 )
-from tritonimplicit.torch_internals import forward_rule, has_derivative, in_trace, untraced
+from tritonimplicit.torch_internals import (
+    forward_rule,
+    has_derivative,
+    in_trace,
+    refuse_legacy_batched,
+    untraced,
+)
 
 MaybeTensors: TypeAlias = tuple[Tensor | None, ...]
 Dims: TypeAlias = tuple[int | None, ...]
@@ -234,6 +240,7 @@ class _LinearSolve(torch.autograd.Function):
     @staticmethod
     @untraced
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        refuse_legacy_batched(cotangents)
         family, transpose, n = ctx.family, ctx.transpose, ctx.counts[0]
         given, u = ctx.saved_tensors[:-n], ctx.saved_tensors[-n:]
         w = linear_solve(family.flipped(), given[:n], given[n:], cotangents, not transpose)

@@ -23,7 +23,7 @@ from tritonimplicit.operators import Tensors
 from tritonimplicit.torch_internals import (
     forward_rule,
     in_trace,
-    is_legacy_batched,
+    refuse_legacy_batched,
     transforms_active,
     untraced,
 )
@@ -43,7 +43,7 @@ class Root(torch.autograd.Function):
             return problem.trace(tensors)
         fixed = [t for t in tensors[problem.call.arguments.init_count :] if not t.is_inference()]
         versions = [t._version for t in fixed]
-        solution, aux = problem.run(tensors)
+        solution, aux = problem.run(_without_graphs(tensors, problem.call.arguments.init_count))
         if [t._version for t in fixed] != versions:
             raise RuntimeError(
                 f"{PREFIX} the solver changed an argument in place that the optimality depends on, "
@@ -73,6 +73,7 @@ class Root(torch.autograd.Function):
     @untraced
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         """Solve A^T u = -cotangents and pull u back into the arguments."""
+        refuse_legacy_batched(cotangents)
         problem, n, saved = ctx.problem, ctx.n, ctx.saved_tensors
         call, x, args, cotangents = problem.call, saved[:n], saved[n:], cotangents[:n]
         before = 1 + call.arguments.init_count  # inputs without a gradient
@@ -80,12 +81,6 @@ class Root(torch.autograd.Function):
         needed = ctx.needs_input_grad[before:]
         wrt = [i for i in range(len(args)) if needed[i] and named[i]]
         grads: MaybeTensors = (None,) * len(args)
-        if any(map(is_legacy_batched, cotangents)):
-            raise RuntimeError(
-                "is_grads_batched=True, and vectorize=True in torch.autograd.functional, batch a "
-                "backward pass by an old vmap that a custom Function has no rule for: use "
-                "torch.func.jacrev, or torch.func.vmap over torch.func.vjp."
-            )
         if wrt:
             with call.autocast.off():
                 grads = replace_at(grads, wrt, _pulled(problem.family, x, args, wrt, cotangents))
@@ -121,6 +116,20 @@ class Root(torch.autograd.Function):
         vmapped = problem.vmapped(tuple(None if dim is None else 0 for dim in dims))
         out: Tensors = Root.apply(vmapped, *moved)  # type: ignore[no-untyped-call]
         return out, (0,) * len(out)
+
+
+def _without_graphs(tensors: Tensors, init_count: int) -> Tensors:
+    """What the solver gets: a bare `backward()` in it shall add to no gradient outside.
+
+    A leaf of the initial guess alone may be what an optimiser steps on, and stays itself.
+    """
+    given = set(map(id, tensors[init_count:]))
+    return tuple(
+        t
+        if not t.requires_grad or (i < init_count and t.is_leaf and id(t) not in given)
+        else t.detach().requires_grad_()
+        for i, t in enumerate(tensors)
+    )
 
 
 def _pulled(
