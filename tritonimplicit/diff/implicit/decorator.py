@@ -47,7 +47,9 @@ def custom_root(
 
     Args:
         optimality_fn: the optimality condition, a differentiable function; a fixed point z = f(z)
-            is the root of z - f(z). What it closes over gets no gradient (a warning says so).
+            is the root of z - f(z). What it closes over gets no gradient (a warning says so), and
+            random numbers that it draws, a dropout's mask, must be an argument (another warning):
+            those of the backward pass are not those that the solver has seen.
         argnums: which arguments of the solver to differentiate in, counting `init` as 0; not 0.
         has_aux: the solver returns (x, aux); aux is handed through untouched.
         solve: `(matvec, b) -> u`, called in the backward pass with A^T, A = d optimality / d x, and

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from tritonimplicit.diff.implicit.closures import Wording
 from tritonimplicit.diff.implicit.decorator import SolverFn, custom_root
 from tritonimplicit.diff.implicit.pytrees import tree_leaves, tree_map, tree_structure
 from tritonimplicit.operators import Solve
 from tritonimplicit.torch_internals import transforms_active
+
+_WORDING: Final = Wording("fixed_point_fn")
 
 
 def custom_fixed_point(
@@ -30,6 +33,7 @@ def custom_fixed_point(
     In the backward pass A = I - J^T, which `linear_solve.solve_inv(ns=True)` solves where J is a
     contraction.
     """
+    wording: Wording = getattr(fixed_point_fn, "wording", _WORDING)
 
     @functools.wraps(fixed_point_fn)
     def residual(z: Any, *args: Any, **kwargs: Any) -> Any:
@@ -41,20 +45,21 @@ def custom_fixed_point(
                 f"solution, {expected}."
             )
         difference = tree_map(_difference, z, image)
-        _check_recorded(z, image)
+        _check_recorded(z, image, wording)
         return difference
 
+    residual.wording = wording  # type: ignore[attr-defined]
     return custom_root(residual, argnums, has_aux, solve, argnames=argnames)
 
 
-def _check_recorded(z: Any, image: Any) -> None:
+def _check_recorded(z: Any, image: Any, wording: Wording) -> None:
     """Raise RuntimeError where autograd was to record the image and has not."""
     if not torch.is_grad_enabled() or transforms_active():
         return
     if _requires_grad(z) and not _requires_grad(image):
         raise RuntimeError(
-            "the result of fixed_point_fn, or of the layer, depends on none of its arguments "
-            "through autograd: was it detached, or computed under torch.no_grad() or outside torch?"
+            f"the result of {wording.subject} depends on none of its arguments through autograd: "
+            "was it detached, or computed under torch.no_grad() or outside torch?"
         )
 
 

@@ -14,7 +14,6 @@ from tritonimplicit.diff.implicit.call import RootProblem
 from tritonimplicit.diff.implicit.closures import warn_of_hidden_leaves
 from tritonimplicit.linear_solve.solve import (
     Dims,
-    LinearFamily,
     MaybeTensors,
     batch_first,
     replace_at,
@@ -83,7 +82,7 @@ class Root(torch.autograd.Function):
         grads: MaybeTensors = (None,) * len(args)
         if wrt:
             with call.autocast.off():
-                grads = replace_at(grads, wrt, _pulled(problem.family, x, args, wrt, cotangents))
+                grads = replace_at(grads, wrt, _pulled(problem, x, args, wrt, cotangents))
         return (*(None,) * before, *grads)
 
     @staticmethod
@@ -133,14 +132,15 @@ def _without_graphs(tensors: Tensors, init_count: int) -> Tensors:
 
 
 def _pulled(
-    family: LinearFamily, x: Tensors, args: Tensors, wrt: Sequence[int], cotangents: Tensors
+    problem: RootProblem, x: Tensors, args: Tensors, wrt: Sequence[int], cotangents: Tensors
 ) -> Tensors:
     """Return the cotangents of the args numbered by `wrt`, differentiable if that is asked for."""
+    family, wording = problem.family, problem.call.wording
     if in_trace() or transforms_active():
         return differentiable_root_vjp(family, x, args, wrt, cotangents)
     with family.stream(x[0].device):
         jacobian = family.recorded(x, args, wrt)
-        warn_of_hidden_leaves(jacobian.outputs, jacobian.leaves)
+        warn_of_hidden_leaves(jacobian.outputs, jacobian.leaves, wording)
         if not torch.is_grad_enabled():
             return root_vjp(family, jacobian, cotangents)
     return differentiable_root_vjp(family, x, args, wrt, cotangents)  # create_graph=True

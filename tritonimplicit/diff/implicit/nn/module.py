@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tritonimplicit.diff.implicit.closures import Wording
 from tritonimplicit.diff.implicit.decorator import check_solve, custom_root
 from tritonimplicit.diff.implicit.nn.meta import MetaGradientModule
 from tritonimplicit.diff.implicit.nn.replica import replicate
@@ -248,6 +249,11 @@ def _gradient(*args: Any, **kwargs: Any) -> Tensors:
 
 
 _gradient.is_gradient = True  # type: ignore[attr-defined]
+_gradient.wording = _residual.wording = Wording(  # type: ignore[attr-defined]
+    "the module's optimality, or objective,",
+    "no meta-parameters",
+    "make them meta by register_meta_parameter or register_meta_module, or detach them",
+)
 
 
 def _with_tensors(module: M, old: Tensors, new: Tensors) -> M:
