@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tritonimplicit.diagnostics import TensorTree
-from tritonimplicit.linear_solve.solve import OwnSolver
+from tritonimplicit.linear_solve.family import OwnSolver
 from tritonimplicit.operators import Matvec, Tensors, Transposable, graph_leaves, transpose
 from tritonimplicit.torch_internals import refuse_legacy_batched
 

@@ -17,9 +17,9 @@ from tritonimplicit.fixed_point.base import ADVICE, Map
 from tritonimplicit.fixed_point.broyden import InverseJacobian
 from tritonimplicit.linear_solve import GMRES, Neumann
 from tritonimplicit.linear_solve.base import LinearSolver, check_count, check_real
+from tritonimplicit.linear_solve.family import OwnSolver
 from tritonimplicit.linear_solve.iterative import IterativeSolver
 from tritonimplicit.linear_solve.observed import Observed
-from tritonimplicit.linear_solve.solve import OwnSolver
 from tritonimplicit.nn.equilibrium import Problem
 from tritonimplicit.operators import Solve
 

@@ -20,7 +20,8 @@ from tritonimplicit.diff.implicit.pytrees import (
     tree_leaves,
     tree_unflatten,
 )
-from tritonimplicit.linear_solve.solve import Dims, LinearFamily, MaybeTensors, replace_at
+from tritonimplicit.linear_solve.family import Dims, LinearFamily
+from tritonimplicit.linear_solve.solve import MaybeTensors, replace_at
 from tritonimplicit.opaque import opaque_call
 from tritonimplicit.operators import Solve, Tensors
 from tritonimplicit.random_numbers import random_states

@@ -12,12 +12,8 @@ from tritonimplicit.diff.implicit.adjoint import differentiable_root_vjp, root_j
 from tritonimplicit.diff.implicit.arguments import PREFIX
 from tritonimplicit.diff.implicit.call import RootProblem
 from tritonimplicit.diff.implicit.closures import warn_of_hidden_leaves
-from tritonimplicit.linear_solve.solve import (
-    Dims,
-    MaybeTensors,
-    batch_first,
-    replace_at,
-)
+from tritonimplicit.linear_solve.family import Dims
+from tritonimplicit.linear_solve.solve import MaybeTensors, batch_first, replace_at
 from tritonimplicit.operators import Tensors
 from tritonimplicit.torch_internals import (
     forward_rule,
