@@ -111,8 +111,8 @@ class Solution:
 
     def __repr__(self) -> str:
         """Every status with the number of its systems; the least and the most of the rest."""
-        codes = torch.bincount(self.status.flatten()).tolist()
-        statuses = ", ".join(f"{n} {Status(code).name}" for code, n in enumerate(codes) if n)
+        counts = torch.bincount(self.status.flatten()).tolist()
+        statuses = ", ".join(f"{n} {Status(code).name}" for code, n in enumerate(counts) if n)
         least, most = (int(end) for end in self.iterations.aminmax())
         best, worst = (float(end) for end in self.residual_norm.aminmax())
         return (
@@ -173,11 +173,11 @@ def report_failures(
             f"{solution.solver}: {_describe(solution, status, advice[status], counted=False)}. "
             f"{told_by} tells the status and the residual of every system.",
             ConvergenceWarning,
-            stacklevel=_callers_level(),
+            stacklevel=callers_level(),
         )
 
 
-def _callers_level() -> int:
+def callers_level() -> int:
     """The `stacklevel` of the innermost caller outside of this library, and of PyTorch.
 
     In a backward pass that is whoever called it.

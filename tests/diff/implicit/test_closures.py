@@ -230,8 +230,9 @@ def test_random_numbers_in_an_optimality_are_warned_of(derivative):
     torch.manual_seed(0)
     x = X0.clone().requires_grad_()
     solver = ti.custom_fixed_point(dropped, argnums=1, solve=Dense())(lambda z, x: dropped(z, x))
-    with pytest.warns(UserWarning, match="^fixed_point_fn draws random numbers"):
+    with pytest.warns(UserWarning, match="^fixed_point_fn draws random numbers") as told:
         derivative(lambda x: solver(START, x), x)
+    assert told[0].filename == __file__
 
 
 def test_a_mask_that_is_an_argument_is_right_and_not_warned_of():

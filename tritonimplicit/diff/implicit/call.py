@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tritonimplicit.diagnostics import callers_level
 from tritonimplicit.diff.implicit.arguments import PREFIX, Arguments
 from tritonimplicit.diff.implicit.autocast import AutocastState
 from tritonimplicit.diff.implicit.closures import HiddenTransforms, Wording, wording_of
@@ -130,8 +131,12 @@ class RootCall:
         given: MaybeTensors = (*(None,) * self.arguments.init_count, *tensors)
         args, kwargs = self.arguments.build(given)
         tree = tree_unflatten(self._solution_spec, x)
-        with self.autocast.again(), _warning_of_random_numbers(x[0].device, self.wording):
+        device = x[0].device
+        before = None if in_trace() else random_states(device)
+        with self.autocast.again():
             residual = self._optimality_fn(tree, *args[1:], **kwargs)
+        if before is not None:
+            _warn_of_random_numbers(before, device, self.wording)
         leaves, spec = tree_flatten(residual)
         if spec != self._solution_spec:
             raise TypeError(
@@ -150,14 +155,8 @@ class RootCall:
         return tuple(leaf.to(like.dtype) for leaf, like in zip(leaves, x, strict=True))
 
 
-@contextlib.contextmanager
-def _warning_of_random_numbers(device: torch.device, wording: Wording) -> Iterator[None]:
+def _warn_of_random_numbers(before: list[Tensor], device: torch.device, wording: Wording) -> None:
     """Warn if the generators have moved: the solver has seen other numbers, so another function."""
-    if in_trace():
-        yield
-        return
-    before = random_states(device)
-    yield
     if not all(map(torch.equal, before, random_states(device))):
         warnings.warn(
             f"{wording.subject} draws random numbers (dropout in training, for one), in the "
@@ -165,5 +164,5 @@ def _warning_of_random_numbers(device: torch.device, wording: Wording) -> Iterat
             "solution. Draw them before the solve and give them as an argument, or call eval(). "
             "tritonimplicit.nn.DEQ draws one mask for both passes.",
             UserWarning,
-            stacklevel=2,
+            stacklevel=callers_level(),
         )

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tritonimplicit.diagnostics import callers_level
 from tritonimplicit.diff.implicit.pytrees import tree_leaves
 from tritonimplicit.operators import graph_leaves
 from tritonimplicit.torch_internals import has_tangent, is_transformed, transforms_active
@@ -34,10 +35,10 @@ class Wording:
     )
 
 
-def wording_of(fn: Callable[..., Any]) -> Wording:
-    """What messages call `fn`: its attribute `wording`, if it has one."""
-    wording: Wording = getattr(fn, "wording", Wording())
-    return wording
+def wording_of(fn: Callable[..., Any], default: Wording = Wording()) -> Wording:
+    """What messages call `fn`: its attribute `wording`, if it is one of ours."""
+    wording = getattr(fn, "wording", None)
+    return wording if isinstance(wording, Wording) else default
 
 
 def hidden_leaves(outputs: Iterable[Tensor], given: Iterable[Tensor]) -> list[Tensor]:
@@ -66,7 +67,7 @@ def _warn_of(hidden: list[Tensor], wording: Wording) -> None:
             f"{wording.named} (shapes {shapes}{', ...' if len(hidden) > 5 else ''}). They get no "
             f"gradient: {wording.remedy}.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=callers_level(),
         )
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonimplicit.diff.implicit.closures import Wording
+from tritonimplicit.diff.implicit.closures import Wording, wording_of
 from tritonimplicit.diff.implicit.decorator import SolverFn, custom_root
 from tritonimplicit.diff.implicit.pytrees import tree_leaves, tree_map, tree_structure
 from tritonimplicit.operators import Solve
 from tritonimplicit.torch_internals import transforms_active
-
-_WORDING: Final = Wording("fixed_point_fn")
 
 
 def custom_fixed_point(
@@ -33,7 +31,7 @@ def custom_fixed_point(
     In the backward pass A = I - J^T, which `linear_solve.solve_inv(ns=True)` solves where J is a
     contraction.
     """
-    wording: Wording = getattr(fixed_point_fn, "wording", _WORDING)
+    wording = wording_of(fixed_point_fn, Wording("fixed_point_fn"))
 
     @functools.wraps(fixed_point_fn)
     def residual(z: Any, *args: Any, **kwargs: Any) -> Any:
