@@ -242,3 +242,18 @@ def test_a_mask_that_is_an_argument_is_right_and_not_warned_of():
     z = solver(lambda z, x, mask: x / (1 - 0.25 * mask))(START, x, mask)
     (got,) = torch.autograd.grad(z.sum(), x)
     torch.testing.assert_close(got, 1 / (1 - 0.25 * mask))
+
+
+@pytest.mark.gpu
+def test_random_numbers_of_a_gpu_are_warned_of():
+    start, x = START.cuda(), X0.cuda().requires_grad_()
+    solver = ti.custom_fixed_point(dropped, argnums=1, solve=Dense())(dropped)
+    with pytest.warns(UserWarning, match="^fixed_point_fn draws random numbers"):
+        solver(start, x).sum().backward()
+
+
+def test_a_wording_of_somebody_elses_is_none_of_ours():
+    problem = Problem(X0.clone().requires_grad_())
+    problem.wording = "theirs"
+    with pytest.warns(UserWarning, match="^optimality_fn uses 1 tensors that require grad"):
+        solved_by(lambda _: problem, X0, W)
