@@ -44,14 +44,18 @@ def row_groups(vector: Tensor, wanted: Tensor | None = None, weight: int = 1) ->
 
 def take(rows: Rows, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Index the first dimension: by a slice that is a view, by indices a copy, to be put back."""
-    return tensors if rows is _ALL else tuple(tensor[rows] for tensor in tensors)
+    if rows is _ALL:
+        return tensors
+    if isinstance(rows, Tensor):  # row by row, where indexing goes element by element
+        return tuple(tensor.index_select(0, rows) for tensor in tensors)
+    return tuple(tensor[rows] for tensor in tensors)
 
 
 def put_back(rows: Rows, tensors: Sequence[Tensor], taken: Sequence[Tensor]) -> None:
     """Write what was taken into `tensors` again, unless it is a view of them."""
     if isinstance(rows, Tensor):
         for tensor, rows_of_it in zip(tensors, taken, strict=True):
-            tensor[rows] = rows_of_it
+            tensor.index_copy_(0, rows, rows_of_it)
 
 
 def write_sums(out: Tensor, rows: Rows, sums: Tensor) -> None:
