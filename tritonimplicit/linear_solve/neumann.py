@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tritonimplicit_kernels as kernels
-from tritonimplicit.diagnostics import TensorTree
+from tritonimplicit.diagnostics import Status, TensorTree
 from tritonimplicit.linear_solve.base import check_real
 from tritonimplicit.linear_solve.iterative import FusedSolver
 from tritonimplicit.linear_solve.loop import Recurrence, solve_and_verify
@@ -61,6 +61,8 @@ class Neumann(FusedSolver):
         recurrence = _Richardson(self, apply, layout.gather(b, layout.zeros, "b"))
         rows = solve_and_verify(self, recurrence, always=True)
         # Short of the kernel's limit, a residual above that of the start has diverged all the same.
+        if rows.present is not None and Status.MAX_ITERATIONS not in rows.present:
+            return rows
         grown = rows.residual_norm > recurrence.start_norm
         rows.status.masked_fill_((rows.status == codes.MAX_ITERATIONS) & grown, codes.DIVERGED)
         return dataclasses.replace(rows, present=None)

@@ -20,7 +20,9 @@ Rows = slice | Tensor
 _ALL: Final = slice(None)
 
 
-def row_groups(vector: Tensor, wanted: Tensor | None = None, weight: int = 1) -> Iterator[Rows]:
+def row_groups(
+    vector: Tensor, wanted: Tensor | list[bool] | None = None, weight: int = 1
+) -> Iterator[Rows]:
     """Cut the rows of `vector` (B, ld), or those `wanted` (B,), into groups of a tile.
 
     `weight` vectors of each system share the tile. A group is a slice, or indices where the wanted
@@ -28,7 +30,7 @@ def row_groups(vector: Tensor, wanted: Tensor | None = None, weight: int = 1) ->
     """
     batch, ld = vector.shape
     size = max(1, TILE // (weight * ld))
-    wants = None if wanted is None else wanted.tolist()
+    wants = wanted.tolist() if isinstance(wanted, Tensor) else wanted
     if wants is None or all(wants):
         if 0 < batch <= size:
             yield _ALL
