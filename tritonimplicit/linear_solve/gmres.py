@@ -82,8 +82,7 @@ class _Arnoldi(Recurrence):
         self.apply, self.b, self._precondition = apply, b, precondition
         self._maxiter = solver.iteration_limit(apply.layout)
         b_norm = kernels.row_norms(b)
-        self.x, residual = solver.start(apply, b, b_norm)
-        norm = kernels.row_norms(residual)
+        self.x, residual, norm = solver.start(apply, b, b_norm)
         systems, ld = b.shape
         self._backend = kernels.backend(solver.backend, b.device, b.dtype)
         partials = self._backend.partial_count(ld)

@@ -37,9 +37,10 @@ def decide_neumann(
     """Settle the state; return which systems advance."""
     rr_b = rr.sum(-1)  # (B,)
     seen, iterations = state.tolist()
-    numbers = rr_b.tolist(), threshold.tolist(), limit.tolist()
+    numbers = zip(rr_b.tolist(), threshold.tolist(), limit.tolist(), strict=True)
     codes = [
-        _neumann_code(*system, maxiter) for system in zip(seen, iterations, *numbers, strict=True)
+        _neumann_code(code, count, *number, maxiter)
+        for code, count, number in zip(seen, iterations, numbers, strict=True)
     ]
     return _settle(codes, seen, iterations, rr_b, state, state_out, residual_sq)
 
@@ -56,9 +57,10 @@ def decide_arnoldi(
 ) -> list[bool]:
     """Settle the state; return which systems advance."""
     seen, iterations = state.tolist()
-    numbers = rr.tolist(), threshold.tolist(), size_sq.tolist(), singular.tolist()
+    numbers = zip(rr.tolist(), threshold.tolist(), size_sq.tolist(), singular.tolist(), strict=True)
     codes = [
-        _arnoldi_code(*system, maxiter) for system in zip(seen, iterations, *numbers, strict=True)
+        _arnoldi_code(code, count, *number, maxiter)
+        for code, count, number in zip(seen, iterations, numbers, strict=True)
     ]
     return _settle(codes, seen, iterations, rr, state, state_out, residual_sq)
 
@@ -110,7 +112,7 @@ def _settle(
     state_out: Tensor,
     residual_sq: Tensor,
 ) -> list[bool]:
-    """Write what the systems have come to; return which advance. Frozen ones keep what they have."""
+    """Write what the systems have come to, frozen ones kept; return which advance."""
     advances = [code < 0 for code in codes]
     if codes == seen and all(advances):
         go_on(rr, state, state_out, residual_sq)

@@ -61,10 +61,11 @@ def less_combination(v: Tensor, scale: float, c: Tensor, vectors: Tensor, out: T
 
 def frozen(state: Tensor) -> Tensor | None:
     """Return which systems are frozen, (B,); None where the host can see at once that none is."""
-    seen = state[0]
-    if seen.device.type == "cpu" and seen.numel() and int(seen.max()) < 0:
-        return None
-    return seen >= 0
+    if state.device.type == "cpu" and state.numel():
+        highest, _ = state.amax(1).tolist()
+        if highest < 0:
+            return None
+    return state[0] >= 0
 
 
 def write_running(out: Tensor, idle: Tensor | None, sums: Tensor) -> None:

@@ -48,8 +48,11 @@ def take(rows: Rows, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Index the first dimension: by a slice that is a view, by indices a copy, to be put back."""
     if rows is _ALL:
         return tensors
-    if isinstance(rows, Tensor):  # row by row, where indexing goes element by element
-        return tuple(tensor.index_select(0, rows) for tensor in tensors)
+    if isinstance(rows, Tensor):
+        # Row by row, where indexing goes element by element; a tensor that comes twice once.
+        once = {id(tensor): tensor for tensor in tensors}
+        taken = {key: tensor.index_select(0, rows) for key, tensor in once.items()}
+        return tuple(taken[id(tensor)] for tensor in tensors)
     return tuple(tensor[rows] for tensor in tensors)
 
 
