@@ -51,7 +51,7 @@ def advance(
 
 def record(progress: Progress, advances: Tensor, residual_sq: Tensor) -> None:
     """Hand the squared residual norms (B,) of the systems that advance to the next step."""
-    progress.rr_out[:, 0] = torch.where(advances, residual_sq, 0.0)
+    progress.rr_out[:, 0].copy_(residual_sq).masked_fill_(~advances, 0.0)
 
 
 def column(scalars: Tensor, dtype: torch.dtype) -> Tensor:
