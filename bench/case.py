@@ -91,7 +91,8 @@ class Problem:
     taken together, is at most `tolerance`. Where many answers are right, `error` measures an answer
     in the place of that, in float64, and `error_is` says how. A run does `repeats` units of work;
     times are of one. `compares` says what all providers have in common. `vector_bytes` is the size
-    of a vector of the problem, the unit of memory where it is given.
+    of a vector of the problem, the unit of memory where it is given. `product` prepares one product
+    with the matrix, which is timed as well: whoever solves the problem has to do some.
     """
 
     about: str
@@ -104,6 +105,7 @@ class Problem:
     compares: str = SAME_ITERATIONS
     error: Callable[[Tensors], float] | None = None
     error_is: str = "relative, to float64"
+    product: Callable[[], Callable[[], object]] | None = None
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,7 @@ def build(name: str, form: str, solver: str, iterations: int, setting: Setting) 
         tolerance=1e-4,
         entries=entries,
         goals=[SpeedGoal("TorchOpt", SPEEDUPS[solver])] if judged else [],
+        product=problem.product,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -41,6 +42,12 @@ class Imaml:
             return self.objective(params, meta, self.x, self.y)
         each = torch.vmap(self.objective, in_dims=(0, None, 0, 0))(params, meta, self.x, self.y)
         return each.sum()
+
+    def product(self) -> Callable[[], object]:
+        """Record the gradient, and return a product of the Hessian with a vector."""
+        params = tuple(t.detach().requires_grad_() for t in self.solution)
+        slope = torch.autograd.grad(self.total(params, self.meta), params, create_graph=True)
+        return partial(torch.autograd.grad, slope, params, self.cotangents, retain_graph=True)
 
     def double(self) -> Imaml:
         """The same in float64."""

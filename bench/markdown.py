@@ -162,9 +162,11 @@ def _case(case: CaseResult) -> list[str]:
         for row in case.rows
     ]
     compares = f"Compared: {case.compares}. " if case.compares else ""
+    alone = "" if case.product is None else f" One product alone takes {duration(case.product)}."
     return [
         f"### {case.name}",
-        f"{case.about}. {compares}Errors are {case.error_is}; {case.tolerance:.1e} is right.",
+        f"{case.about}. {compares}Errors are {case.error_is}; {case.tolerance:.1e} is right."
+        + alone,
         table(columns, rows),
         f"Goal: {case.goal}." if case.goal else "",
     ]

@@ -35,7 +35,10 @@ class Row:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case: its rows, what became of its goals, and the seconds that all of it took."""
+    """One case: its rows, what became of its goals, and the seconds that all of it took.
+
+    `product` are the seconds of one product with the matrix, where that was timed.
+    """
 
     name: str
     about: str
@@ -46,6 +49,7 @@ class CaseResult:
     compares: str = ""
     error_is: str = "relative, to float64"
     seconds: float | None = None
+    product: float | None = None
 
 
 @dataclass(frozen=True)

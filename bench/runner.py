@@ -22,6 +22,7 @@ from bench.case import (
     MemoryGoal,
     Problem,
     ProductGoal,
+    Run,
     Setting,
     Tensors,
 )
@@ -33,6 +34,8 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 200
 SECONDS_PER_CASE = 5.0
 """Rounds beyond the least are done as long as a case takes no longer."""
 MIB = 2**20
+PRODUCTS = 10
+"""As many in a row are timed, as they are in a solve."""
 WRONG, NOT_REACHED = "wrong answer", "not reached"
 
 
@@ -65,6 +68,7 @@ def measure(name: str, problem: Problem, setting: Setting) -> CaseResult:
             rows[entry.provider] = admitted.row
             contenders.append(admitted)
     rows |= {row.provider: row for row in _race(contenders, problem, setting)}
+    product = _product(problem, setting)
     ordered = [rows[entry.provider] for entry in problem.entries]
     return CaseResult(
         name=name,
@@ -72,9 +76,10 @@ def measure(name: str, problem: Problem, setting: Setting) -> CaseResult:
         tolerance=problem.tolerance,
         peak_unit="MiB" if problem.vector_bytes is None else "vectors",
         rows=ordered,
-        goal="; ".join(_judged(goal, rows) for goal in problem.goals),
+        goal="; ".join(_judged(goal, rows, product) for goal in problem.goals),
         compares=problem.compares,
         error_is=problem.error_is,
+        product=product,
     )
 
 
@@ -164,8 +169,32 @@ def _race(contenders: Sequence[_Contender], problem: Problem, setting: Setting) 
         )
 
 
-def _judged(goal: Goal, rows: dict[str, Row]) -> str:
-    """What was asked for, and what came of it."""
+def _product(problem: Problem, setting: Setting) -> float | None:
+    """Seconds of one product, where the problem has one."""
+    prepare = problem.product
+    if prepare is None:
+        return None
+
+    def several() -> Run:
+        product = prepare()
+        product()
+
+        def run() -> Tensors:
+            for _ in range(PRODUCTS):
+                product()
+            return ()
+
+        return run
+
+    seconds = in_turns({"": several}, setting.device, MIN_ROUNDS, lambda *_: None)
+    return Times.of(seconds[""]).p50 / PRODUCTS
+
+
+def _judged(goal: Goal, rows: dict[str, Row], product: float | None) -> str:
+    """What was asked for, and what came of it.
+
+    A speed that was missed is told beside that which the products alone would have.
+    """
     found: float | None
     if isinstance(goal, MemoryGoal):
         wanted, found = f"at most {goal.vectors:g} vectors", rows[OURS].peak
@@ -181,6 +210,9 @@ def _judged(goal: Goal, rows: dict[str, Row]) -> str:
         found = _speedup(rows[goal.ours], rows[goal.peer])
         met = found is not None and found >= goal.factor
         reached = f"{found:.2f} times" if found is not None else ""
+        peer, own = rows[goal.peer].median, rows[goal.ours].matvecs
+        if peer and own and product and not met:
+            reached += f" ({peer / (own * product):.2f} with nothing but its {own} products)"
     if found is None:
         return f"{wanted}: not measured"
     return f"{wanted}: {'met' if met else 'missed'}, {reached}"

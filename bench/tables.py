@@ -41,6 +41,8 @@ def footnote(case: CaseResult) -> str:
     """How to read the table."""
     facts = [case.compares] if case.compares else []
     facts.append(f"errors are {case.error_is}; {case.tolerance:.1e} is right")
+    if case.product is not None:
+        facts.append(f"one product alone takes {duration(case.product)}")
     if case.seconds is not None:
         facts.append(f"the case took {case.seconds:.1f} s")
     return "; ".join(facts)

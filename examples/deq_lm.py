@@ -30,6 +30,10 @@ from typing import Any
 import rich
 import torch
 import torch.distributed as dist
+
+# Before there is a process group, which the defaults of its functions would keep, and its threads
+# with it, until the interpreter is half gone. DDP imports it later.
+import torch.distributed.nn
 from byte_lm import ByteLM, Config, NGrams, Text, batch, bits, read, save
 from matplotlib.figure import Figure
 from rich.table import Table

@@ -128,3 +128,19 @@ def test_what_does_not_fit_the_layout_is_refused(tree, error, message):
     layout = Layout.of((torch.zeros(3), torch.zeros(3)))
     with pytest.raises(error, match=message):
         layout.leaves_of(tree, "the tree")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_number_that_rounds_to_the_largest_of_its_dtype_is_none_too_large(dtype):
+    """A number overflows from half a unit beyond the largest on: 65520 in float16, not 65504."""
+    largest = torch.finfo(dtype).max
+    unit = torch.finfo(dtype).eps * 2.0 ** (math.frexp(largest)[1] - 1)
+    beyond = largest + unit / 2
+    values = [[largest], [largest + unit / 4], [beyond], [-beyond]]
+    rows = torch.tensor(values, dtype=torch.float64)
+    tree = {"a": torch.zeros(4, 1, dtype=dtype), "b": torch.zeros(4, 1, dtype=torch.float64)}
+    layout = Layout.of(tree, batch_ndim=1)
+    padded = layout.zeros()
+    padded[:, layout.starts[0], None] = rows  # the place of a
+    assert layout.overflown(padded).tolist() == [False, False, True, True]
+    assert layout.unflatten(padded)["a"].isinf().flatten().tolist() == [False, False, True, True]

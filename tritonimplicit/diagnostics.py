@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -56,7 +56,8 @@ _ADVICE = {
     Status.STAGNATED: (
         "stopped improving above the tolerance, at the limit of the working precision: loosen "
         "rtol/atol, use float64 if this is not, or add a ridge. Systems of a batch that are not "
-        "independent of each other (BatchNorm) end so as well: give fewer batch_ndim"
+        "independent of each other (BatchNorm, a vector without a batch) end so as well: give "
+        "fewer batch_ndim"
     ),
     Status.BREAKDOWN: (
         "met a singular (or nearly singular) matrix, or numbers so small that their products "
@@ -101,12 +102,23 @@ class Solution:
     stopped keeps its last.
     """
 
-    value: TensorTree = field(repr=False)
+    value: TensorTree
     status: Tensor
     iterations: Tensor
     residual_norm: Tensor
     solver: str
-    history: Tensor | None = field(default=None, repr=False)
+    history: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """Every status with the number of its systems; the least and the most of the rest."""
+        counts = torch.bincount(self.status.flatten()).tolist()
+        statuses = ", ".join(f"{n} {Status(code).name}" for code, n in enumerate(counts) if n)
+        least, most = (int(end) for end in self.iterations.aminmax())
+        best, worst = (float(end) for end in self.residual_norm.aminmax())
+        return (
+            f"Solution({self.solver}, {statuses}, iterations {least} to {most}, "
+            f"residual norms {best:.1e} to {worst:.1e})"
+        )
 
 
 class ConvergenceWarning(UserWarning):
@@ -161,11 +173,11 @@ def report_failures(
             f"{solution.solver}: {_describe(solution, status, advice[status], counted=False)}. "
             f"{told_by} tells the status and the residual of every system.",
             ConvergenceWarning,
-            stacklevel=_callers_level(),
+            stacklevel=callers_level(),
         )
 
 
-def _callers_level() -> int:
+def callers_level() -> int:
     """The `stacklevel` of the innermost caller outside of this library, and of PyTorch.
 
     In a backward pass that is whoever called it.

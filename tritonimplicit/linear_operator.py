@@ -101,7 +101,10 @@ def shifted(matvec: Matvec, ridge: Tensor, batch_ndim: int) -> Matvec:
 
 
 def add_scaled(products: Tensors, v: Tensors, ridge: Tensor, batch_ndim: int) -> Tensors:
-    """A v + ridge v, on leaves, for a ridge that is 0-dim or has the shape of the batch."""
+    """A v + ridge v, on leaves, for a ridge that is 0-dim or has the shape of the batch.
+
+    Dimensions that vmap has put before the batch, and the ridge has not, count in `batch_ndim`.
+    """
 
     def scale(leaf: Tensor) -> Tensor:
         return ridge.reshape(ridge.shape + (1,) * (leaf.ndim - batch_ndim)) if ridge.ndim else ridge

@@ -37,11 +37,14 @@ def compilable(solver: F) -> F:
     of the forward and backward pass is traced. Without this there is a graph break, and the numbers
     are right as well.
 
+    Call it before torch.compile, not in the compiled function, which is an error under fullgraph.
     The initial guess must be a pytree of tensors of the solution's structure, shapes and dtypes;
     `has_aux` is not possible. A `.backward()` inside the compiled region needs
     `torch._dynamo.config.trace_autograd_ops = True`, and one *through* it a second time is not
     possible (pytorch#91469). Raises RuntimeError with torch older than 2.13.
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("call compilable before torch.compile, not in the compiled function.")
     if torch.torch_version.TorchVersion(torch.__version__) < "2.13":
         raise RuntimeError(
             f"compilable needs torch 2.13 or newer, not {torch.__version__}, whose compiler cannot "

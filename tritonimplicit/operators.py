@@ -47,6 +47,8 @@ class Jacobian:
     Both products are differentiable in their vector, by autograd and under torch.func transforms:
     solvers that are not ours get the transpose or the matrix that way. Where the Jacobian is known
     to be `symmetric`, as that of a gradient is, both are the cheaper vjp.
+
+    A product raises RuntimeError where `fn` does not depend on x through autograd.
     """
 
     def __init__(
@@ -94,14 +96,21 @@ class Jacobian:
         """(d fn / d args)^T u for the args numbered by `wrt`."""
         return _vjp(self._y, tuple(self._args[i] for i in self._wrt), u)
 
-    def _pull(self, u: Tensors) -> Tensors:
-        return _vjp(self._y, self._x, u)
+    def _pull(self, u: Tensors, create_graph: bool = False) -> Tensors:
+        pulled = _reached(self._y, self._x, u, create_graph)
+        if all(t is None for t in pulled):
+            raise RuntimeError(
+                "the optimality, or the layer, does not depend on its first argument, the "
+                "solution, through autograd, so that its Jacobian is zero. Was that argument "
+                "detached, or the result computed under torch.no_grad() or outside torch?"
+            )
+        return _filled(pulled, self._x)
 
     def _push(self, v: Tensors) -> Tensors:
         if self._transposed is None:
             with torch.enable_grad():
                 cotangents = tuple(torch.zeros_like(y, requires_grad=True) for y in self._y)
-                pulled = _vjp(self._y, self._x, cotangents, create_graph=True)
+                pulled = self._pull(cotangents, create_graph=True)
             self._transposed = (pulled, cotangents)
         pulled, cotangents = self._transposed
         return _vjp(pulled, cotangents, v)
@@ -244,17 +253,23 @@ def graph_leaves(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 def _vjp(y: Tensors, x: Tensors, u: Sequence[Tensor], create_graph: bool = False) -> Tensors:
     """Cotangents of x, zero where y does not depend on it; keeps the graph for the next replay."""
+    return _filled(_reached(y, x, u, create_graph), x)
+
+
+def _reached(
+    y: Tensors, x: Tensors, u: Sequence[Tensor], create_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """Cotangents of x, None where y does not depend on it."""
     # An output without grad contributes nothing, but autograd refuses it.
     live = [(out, cot) for out, cot in zip(y, u, strict=True) if out.requires_grad]
     if not live:
-        return tuple(torch.zeros_like(t) for t in x)
+        return (None,) * len(x)
     outputs, cotangents = zip(*live, strict=True)
     return torch.autograd.grad(
-        outputs,
-        x,
-        cotangents,
-        retain_graph=True,
-        create_graph=create_graph,
-        allow_unused=True,
-        materialize_grads=True,
+        outputs, x, cotangents, retain_graph=True, create_graph=create_graph, allow_unused=True
     )
+
+
+def _filled(cotangents: Sequence[Tensor | None], like: Tensors) -> Tensors:
+    pairs = zip(cotangents, like, strict=True)
+    return tuple(torch.zeros_like(t) if cot is None else cot for cot, t in pairs)

@@ -6,7 +6,7 @@ Used with torch 2.11 and 2.13; `tests/test_torch_internals.py` holds what each i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeVar
 
@@ -34,10 +34,15 @@ def is_transformed(tensor: Tensor) -> bool:
     return wrapped and not functorch.is_dead_tensor_wrapper(tensor)
 
 
-def is_legacy_batched(tensor: Tensor) -> bool:
-    """Whether the old vmap of torch.autograd (is_grads_batched=True) has wrapped the tensor."""
-    batched: bool = torch._C._functorch.is_legacy_batchedtensor(tensor)
-    return batched
+def refuse_legacy_batched(cotangents: Iterable[Tensor | None]) -> None:
+    """Raise RuntimeError in a backward pass that the old vmap of torch.autograd has batched."""
+    legacy = torch._C._functorch.is_legacy_batchedtensor
+    if any(t is not None and legacy(t) for t in cotangents):
+        raise RuntimeError(
+            "is_grads_batched=True, and vectorize=True in torch.autograd.functional, batch a "
+            "backward pass by an old vmap that a custom Function has no rule for: use "
+            "torch.func.jacrev, or torch.func.vmap over torch.func.vjp."
+        )
 
 
 def forward_ad_active() -> bool:

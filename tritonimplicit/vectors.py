@@ -117,14 +117,15 @@ class Layout:
     def overflown(self, rows: Tensor) -> Tensor | None:
         """(B,) bool: whether a number of a row (B, ld) is too large for its leaf's dtype.
 
-        None where the dtypes are those of the rows.
+        None where no leaf's numbers end before those of the rows.
         """
-        limits = [torch.finfo(dtype).max for dtype in self.dtypes]
-        if min(limits) == torch.finfo(self.dtype).max:
-            return None
-        spans = zip(self.starts, self.sizes, limits, strict=True)
-        over = [(rows[:, s : s + size].abs() > limit).any(1) for s, size, limit in spans]
-        return torch.stack(over).any(0)
+        spans = zip(self.starts, self.sizes, self.dtypes, strict=True)
+        over = [
+            rows[:, start : start + size].to(dtype).isinf().any(1)
+            for start, size, dtype in spans
+            if torch.finfo(dtype).max < torch.finfo(self.dtype).max
+        ]
+        return torch.stack(over).any(0) if over else None
 
     def per_system(self, values: Tensor) -> Tensor:
         """(B,) values as a tensor of the batch's shape."""

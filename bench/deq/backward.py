@@ -135,6 +135,7 @@ def build(name: str, rtol: float, rule: str, setting: Setting) -> Problem:
         compares=SAME_RESIDUAL,
         error=error,
         error_is="‖g - (I - J^T) u‖ / ‖g‖ in float64",
+        product=lambda: partial(problem.vjp(), problem.cotangent),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 import tritonimplicit.fixed_point as fp
@@ -67,6 +68,11 @@ def plain(problem: Equilibrium, rtol: float, rule: str) -> Entry:
     return counted_entry(f"{PLAIN}, iteration", lambda: problem.f, run)
 
 
+def _evaluation(problem: Equilibrium) -> Tensor:
+    with torch.no_grad():
+        return problem.f(problem.start)
+
+
 def build(name: str, rtol: float, rule: str, setting: Setting) -> Problem:
     problem = trained(name, setting)
     exact = problem.double()
@@ -100,6 +106,7 @@ def build(name: str, rtol: float, rule: str, setting: Setting) -> Problem:
         compares=SAME_RESIDUAL,
         error=error,
         error_is="‖f(z) - z‖ / ‖f(z)‖ in float64",
+        product=lambda: partial(_evaluation, problem),
     )
 
 

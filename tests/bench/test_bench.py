@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from bench.networks import NETWORKS
 from bench.peak import peak_and_calls, peak_bytes
 from bench.registry import CASES, select
 from bench.results import Report
-from bench.runner import measure, relative_error
+from bench.runner import MIN_ROUNDS, PRODUCTS, measure, relative_error
 from tritonimplicit.linear_solve import solve_cg
 
 CPU = torch.device("cpu")
@@ -200,6 +201,21 @@ def test_a_speed_goal_may_speak_of_another_of_our_rows():
     median = {row.provider: row.median for row in result.rows}
     assert result.goal.startswith(f"{other}: 1e+09 times as fast as peer: missed")
     assert result.goal.endswith(f"{median['peer'] / median[other]:.2f} times")
+
+
+def test_a_missed_speed_is_told_beside_that_of_the_products_alone():
+    asked = Entry(OURS, always(RIGHT), matvecs=lambda: 7), Entry("peer", always(RIGHT))
+    products = []
+    known = replace(
+        problem(*asked, goal=SpeedGoal("peer", 1e9)), product=lambda: lambda: products.append(1)
+    )
+    result = measure("a/test", known, QUICK)
+    assert len(products) == MIN_ROUNDS * (1 + PRODUCTS)
+    median = {row.provider: row.median for row in result.rows}
+    bound = median["peer"] / (7 * result.product)
+    assert result.goal.endswith(f" times ({bound:.2f} with nothing but its 7 products)")
+    met = replace(known, goals=[SpeedGoal("peer", 1e-9)])
+    assert measure("a/test", met, QUICK).goal.endswith(" times")
 
 
 @pytest.mark.parametrize(("products", "verdict"), [(7, "met"), (6, "missed")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,12 @@ def test_a_ratio_is_bold_where_we_lose(report):
     assert "| 0.5 |" in ours
     (untimed,) = lines_with(tables, "torchdeq, default")
     assert "not reached: not timed" in untimed
+
+
+def test_a_product_alone_is_told(report):
+    known = replace(report, cases=[replace(report.cases[0], product=0.25)])
+    assert "is right. One product alone takes 250 ms." in markdown.page(known, "results.json", [])
+    assert "One product" not in markdown.page(report, "results.json", [])
 
 
 def test_losses_are_listed_with_their_cause(report, monkeypatch):

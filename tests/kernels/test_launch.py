@@ -11,6 +11,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="triton is a dependency on Linux only")
 
+from tests.kernels import launch_cost  # noqa: E402
 from tests.kernels.offline import (  # noqa: E402
     Launches,
     kernel_called,
@@ -149,6 +150,16 @@ def test_where_forms_are_not_kept_every_launch_is_tritons() -> None:
             run("cg_dots", some("cg_dots"))
             launches.take()
     assert launches.by_triton == 2
+
+
+@compiles
+def test_what_launches_cost_the_host_can_be_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch_cost, "CALLS", 2)
+    launch_cost.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == list(launch_cost.OPS)
 
 
 # --- On a GPU -------------------------------------------------------------------------------------

@@ -442,3 +442,13 @@ def test_a_log_holds_values_of_its_own():
     with torch.no_grad():
         x.mul_(100)
     assert log[0].value.tolist() == [0.5] * 3 and not log[0].value.requires_grad
+
+
+@pytest.mark.parametrize("openly", [False, True])
+@pytest.mark.parametrize("solver", [CG(), Dense()], ids=["cg", "dense"])
+def test_the_old_vmap_of_autograd_is_refused(solver, openly):
+    scale, b = torch.tensor([1.0, 2.0], requires_grad=True), torch.ones(2, requires_grad=True)
+    operator = LinearOperator(torch.mul, scale) if openly else lambda v: scale * v
+    x = solver(operator, b)
+    with pytest.raises(RuntimeError, match=r"is_grads_batched.*torch\.func\.jacrev"):
+        torch.autograd.grad(x, (scale, b), torch.eye(2), is_grads_batched=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -39,7 +39,7 @@ from tritonimplicit_kernels import status as codes
 
 Map: TypeAlias = Callable[[TensorTree], TensorTree]
 
-_ADVICE: Final = {
+ADVICE: Final = {
     Status.MAX_ITERATIONS: (
         "did not converge in maxiter iterations: raise maxiter, loosen rtol/atol, use another "
         "solver, or make f more of a contraction; the value is the best iterate. Samples that "
@@ -60,6 +60,7 @@ _ADVICE: Final = {
     ),
     Status.NON_FINITE: "met NaN or infinity in z0 or in f(z0): its value is all NaN",
 }
+"""What each status means and what a caller can do about it."""
 
 _TOLD_BY: Final = "`solver.solve(f, z0)`, or tritonimplicit.record_solves(),"
 
@@ -112,14 +113,19 @@ class FixedPointSolver(abc.ABC):
         solver.report(solution)
         return solution.value
 
-    def report(self, solution: Solution, told_by: str = _TOLD_BY) -> None:
+    def report(
+        self,
+        solution: Solution,
+        told_by: str = _TOLD_BY,
+        advice: Mapping[Status, str] = ADVICE,
+    ) -> None:
         """Do what `on_failure` says of the samples that failed; `told_by` knows more of them."""
         if self.on_failure == "ignore":
             return
         free = self.rtol == 0 and self.atol == 0
         expected = frozenset({Status.MAX_ITERATIONS}) if free else frozenset()
         present = statuses_in(solution.status)
-        report_failures(solution, present, expected, self.on_failure, _ADVICE, told_by)
+        report_failures(solution, present, expected, self.on_failure, advice, told_by)
 
     def solve(self, f: Map, z0: TensorTree) -> Solution:
         """Return z with z = f(z) and what became of each sample; never warns.

@@ -24,9 +24,9 @@ from tritonimplicit.diagnostics import (
 )
 from tritonimplicit.linear_operator import shifted
 from tritonimplicit.linear_solve.direct import solve_directly
+from tritonimplicit.linear_solve.family import OwnSolver
 from tritonimplicit.linear_solve.graphs import stream_for_graphs
 from tritonimplicit.linear_solve.rows import RowSolution
-from tritonimplicit.linear_solve.solve import OwnSolver
 from tritonimplicit.operators import Matvec
 from tritonimplicit.solve_log import record
 from tritonimplicit.vectors import Layout

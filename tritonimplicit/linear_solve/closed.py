@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tritonimplicit.diagnostics import TensorTree
-from tritonimplicit.linear_solve.solve import OwnSolver
+from tritonimplicit.linear_solve.family import OwnSolver
 from tritonimplicit.operators import Matvec, Tensors, Transposable, graph_leaves, transpose
+from tritonimplicit.torch_internals import refuse_legacy_batched
 
 
 def solve_closed(solver: OwnSolver, matvec: Matvec, b: TensorTree) -> TensorTree:
@@ -128,6 +129,7 @@ class _Solved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_legacy_batched(cotangents)
         if all(cotangent is None for cotangent in cotangents):  # behind a gate that is shut
             return (None,) * len(ctx.needs_input_grad)
         problem, n, saved = ctx.problem, ctx.n, ctx.saved_tensors

@@ -9,8 +9,9 @@ from torch import Tensor
 from tritonimplicit.diagnostics import TensorTree
 from tritonimplicit.linear_operator import LinearOperator
 from tritonimplicit.linear_solve.closed import solve_closed
+from tritonimplicit.linear_solve.family import LinearFamily, OwnSolver
 from tritonimplicit.linear_solve.rows import hidden_derivative
-from tritonimplicit.linear_solve.solve import LinearFamily, OwnSolver, guess_of, linear_solve
+from tritonimplicit.linear_solve.solve import guess_of, linear_solve
 from tritonimplicit.operators import Matvec, Tensors
 from tritonimplicit.torch_internals import (
     forward_ad_active,

@@ -13,7 +13,7 @@ import torch
 from tritonimplicit.diagnostics import TOLD_BY, Solution, TensorTree
 from tritonimplicit.linear_solve.base import LinearSolver
 from tritonimplicit.linear_solve.direct import solve_directly
-from tritonimplicit.linear_solve.solve import OwnSolver
+from tritonimplicit.linear_solve.family import OwnSolver
 from tritonimplicit.operators import Matvec
 
 

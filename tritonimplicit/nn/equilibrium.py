@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import optree
 from torch import Tensor
 
-from tritonimplicit.diagnostics import Solution, TensorTree
+from tritonimplicit.diagnostics import Solution, Status, TensorTree
 from tritonimplicit.diff.implicit.fixed_point import custom_fixed_point
 from tritonimplicit.fixed_point import FixedPointSolver
-from tritonimplicit.fixed_point.base import Map
+from tritonimplicit.fixed_point.base import ADVICE, Map
 from tritonimplicit.fixed_point.iterates import Iterates
 from tritonimplicit.nn.fixed_layer import FixedLayer, LayerTensors
 from tritonimplicit.nn.stability import spectral_radius
@@ -72,10 +72,15 @@ class Problem:
     corrections: tuple[int, ...] = ()
     iterates: list[TensorTree] = field(default_factory=list)
 
-    def root(self, solve: Solve | None = None, search: Search | None = None) -> TensorTree:
+    def root(
+        self,
+        solve: Solve | None = None,
+        search: Search | None = None,
+        advice: Mapping[Status, str] = ADVICE,
+    ) -> TensorTree:
         """Return the fixed point with its implicit gradient, by `solve` of I - J^T.
 
-        `search` finds it, by default the solver.
+        `search` finds it, by default the solver, and `advice` is for where it does not.
         """
         # What the graph holds must hold no tensors: those it gets as arguments.
         f, solver, last = self.f, self.solver, self.last
@@ -89,7 +94,7 @@ class Problem:
             copied = optree.tree_map(Tensor.clone, solution.value)
             last.forward = dataclasses.replace(solution, value=copied)
             iterates.extend(fixed.after(k, copied) for k in corrections)
-            solver.report(solution, told_by="`deq.last.forward`")
+            solver.report(solution, told_by="`deq.last.forward`", advice=advice)
             return solution.value
 
         given: Any = self.tensors

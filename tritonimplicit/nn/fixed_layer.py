@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tritonimplicit.diagnostics import TensorTree
+from tritonimplicit.diff.implicit.closures import Wording
+from tritonimplicit.random_numbers import random_states, set_random_states
 
 LayerTensors = tuple[dict[str, Tensor], dict[str, Tensor], tuple[Any, ...]]
 """Parameters, buffers, and the arguments after z."""
@@ -73,36 +75,34 @@ class FixedLayer:
         return [module.training for module in modules]
 
 
+FixedLayer.__call__.wording = Wording(  # type: ignore[attr-defined]
+    "the layer of a DEQ",
+    "neither its parameters nor arguments of the call",
+    "give them as arguments, deq(x, w), or let the layer be a module with them, or detach them",
+)
+
+
 class _Random:
     """The random number generators of the CPU and of a device, as they are at this moment."""
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._before = self._after = self._get()
+        self._before = self._after = random_states(device)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Draw the numbers that follow this moment, unseen outside."""
-        outside = self._get()
-        self._set(self._before)
+        outside = random_states(self._device)
+        set_random_states(self._device, self._before)
         try:
             yield
-            self._after = self._get()
+            self._after = random_states(self._device)
         finally:
-            self._set(outside)
+            set_random_states(self._device, outside)
 
     def advance(self) -> None:
         """Let the numbers of one `again` be drawn."""
-        self._set(self._after)
-
-    def _get(self) -> list[Tensor]:
-        on_device = [torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else []
-        return [torch.get_rng_state(), *on_device]
-
-    def _set(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if self._device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], self._device)
+        set_random_states(self._device, self._after)
 
 
 def _like(image: TensorTree, z: TensorTree) -> TensorTree:

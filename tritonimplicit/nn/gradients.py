@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 import optree
 import torch
 from torch import Tensor
 
-from tritonimplicit.diagnostics import Solution, TensorTree
+from tritonimplicit.diagnostics import Solution, Status, TensorTree
 from tritonimplicit.diff.implicit.decorator import check_solve
 from tritonimplicit.fixed_point import Broyden, Picard
-from tritonimplicit.fixed_point.base import Map
+from tritonimplicit.fixed_point.base import ADVICE, Map
 from tritonimplicit.fixed_point.broyden import InverseJacobian
 from tritonimplicit.linear_solve import GMRES, Neumann
 from tritonimplicit.linear_solve.base import LinearSolver, check_count, check_real
+from tritonimplicit.linear_solve.family import OwnSolver
 from tritonimplicit.linear_solve.iterative import IterativeSolver
 from tritonimplicit.linear_solve.observed import Observed
-from tritonimplicit.linear_solve.solve import OwnSolver
 from tritonimplicit.nn.equilibrium import Problem
 from tritonimplicit.operators import Solve
 
@@ -149,6 +149,15 @@ class JFB:
         return Phantom(steps=1, damping=1.0).equilibrium(problem)
 
 
+_ADVICE: Final = {
+    **ADVICE,
+    Status.MAX_ITERATIONS: (
+        "did not converge: give Unrolled more steps, loosen the solver's rtol/atol, or make f more "
+        "of a contraction; the value is the last iterate"
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Unrolled:
     """The gradient through all of `steps` iterations z <- f(z) from z0, in place of the solver.
@@ -167,9 +176,13 @@ class Unrolled:
         z = problem.iterate(problem.z0, self.steps, damping=1.0)
         settings = {f.name: getattr(problem.solver, f.name) for f in dataclasses.fields(Picard)}
         judge = Picard(**{**settings, "maxiter": 0})
+
+        def search(f: Map, z: TensorTree) -> Solution:
+            return dataclasses.replace(judge.solve(f, z), solver="Unrolled")
+
         with torch.no_grad():
             at_the_end = dataclasses.replace(problem, z0=z, solver=judge)
-            at_the_end.root()
+            at_the_end.root(search=search, advice=_ADVICE)
         return z
 
 

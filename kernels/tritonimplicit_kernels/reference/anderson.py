@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonimplicit_kernels.reference.dots import many, row_dots, row_squares, squares
+from tritonimplicit_kernels.reference.dots import (
+    WIDENED,
+    many,
+    row_dots,
+    row_squares,
+    row_sums,
+    squares,
+)
 from tritonimplicit_kernels.reference.history import less_combination
 from tritonimplicit_kernels.reference.tiles import TILE, Rows, row_groups, write_sums
 
@@ -40,19 +47,14 @@ def anderson_dots(
         return
     for out in (row[:count], products[:count], squares):
         out.zero_()
-    for rows in row_groups(z, runs, weight=count + 3):
-        sums_of_rows = torch.stack(
-            [
-                _remember_tile(
-                    *(image, z, z_before, residual, residuals, moves),
-                    *(slot, count, beta, rows, columns),
-                )
-                for columns in _spans(z.shape[1], TILE // (count + 3))
-            ]
-        ).sum(0)  # (2 k + 2, R)
-        write_sums(row[:count], rows, sums_of_rows[:count])
-        write_sums(products[:count], rows, sums_of_rows[count : 2 * count])
-        write_sums(squares, rows, sums_of_rows[2 * count :])
+    vectors = image, z, z_before, residual, residuals, moves
+    widened = -(-(count + 3) // WIDENED)
+    for rows in row_groups(z, runs, widened):
+        spans = _spans(z.shape[1], TILE // widened)
+        dots = row_sums(_remember_tile(*vectors, slot, count, beta, rows, span) for span in spans)
+        write_sums(row[:count], rows, dots[:count])
+        write_sums(products[:count], rows, dots[count : 2 * count])
+        write_sums(squares, rows, dots[2 * count :])
 
 
 def anderson_mix(
@@ -110,21 +112,22 @@ def _remember_tile(
 ) -> Tensor:
     """Do a tile of some rows; return its part of the sums, (2 k + 2, R)."""
     image, z, z_before = (v[rows, columns] for v in (image, z, z_before))
+    # Views of a slice of rows, but copies of scattered ones.
+    last, difference, move = (v[rows, columns] for v in (residual, residuals[slot], moves[slot]))
     # One vector is taken twice: of a single column torch adds up one row otherwise than many.
     room = many(image, max(2, count) + 3)  # (k + 3, R, W)
     now = room[-1].view(z.dtype)[:, : z.shape[1]]
     torch.sub(image, z, out=now)
-    change = now - residual[rows, columns]
-    residual[rows, columns] = now
-    residuals[slot, rows, columns] = change
-    move = torch.sub(z, z_before)
-    move += torch.mul(change, beta, out=now)  # apart, for the reason given in cg.py
-    moves[slot, rows, columns] = move
-    history, pair, wide = room[:-3], room[-3:-1], room[-1]
+    torch.sub(now, last, out=difference)
+    last.copy_(now)
+    torch.sub(z, z_before, out=move)
+    move += difference if beta == 1 else torch.mul(difference, beta, out=now)
+    if isinstance(rows, Tensor):
+        for v, value in ((residual, last), (residuals[slot], difference), (moves[slot], move)):
+            v[rows, columns] = value
+    history, pair, own = room[:-3], room[-3:-1], room[-2:]
     history.copy_(residuals[:count, rows, columns])
-    pair[0].copy_(change)
-    pair[1].copy_(residual[rows, columns])
-    wide.copy_(image)
+    for wide, v in zip(room[-3:].unbind(), (difference, last, image), strict=True):
+        wide.copy_(v)
     both = torch.bmm(pair.transpose(0, 1), history.permute(1, 2, 0))[..., :count]  # (R, 2, k)
-    own = torch.stack([squares(pair[1]), squares(wide)])
-    return torch.cat([both.flatten(1).T, own])
+    return torch.cat([both.flatten(1).T, squares(own.flatten(0, 1)).view(2, -1)])

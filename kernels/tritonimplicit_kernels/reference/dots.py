@@ -22,6 +22,8 @@ CHUNK: Final = 512
 """Elements of longer rows that are added up at once."""
 LONG: Final = 2**15
 """Elements of a row from which BLAS, a call a row, is faster."""
+WIDENED: Final = 4
+"""Widened tiles for which a thread has room."""
 _ALIGNMENT: Final = 8
 """In float64 numbers: 64 bytes."""
 _SHAPES: Final = 16
@@ -46,7 +48,9 @@ class _Room(threading.local):
 
     def __init__(self) -> None:
         with torch.inference_mode(False):
-            self.memory = torch.empty(3 * TILE + 3 * _ALIGNMENT, dtype=torch.float64, device="cpu")
+            self.memory = torch.empty(
+                WIDENED * (TILE + _ALIGNMENT), dtype=torch.float64, device="cpu"
+            )
         self.views: dict[tuple[torch.Size, torch.dtype], Scratch] = {}
 
 

@@ -116,3 +116,15 @@ def test_without_an_initial_guess_of_tensors_there_is_an_error():
     guessless = ti.compilable(ti.custom_root(lambda z, x: z - x, argnums=1)(lambda _, x: x + 0))
     with pytest.raises(torch._dynamo.exc.TorchDynamoException):
         torch.compile(lambda x: guessless(1.0, x) * 2, backend="aot_eager", fullgraph=True)(X0)
+
+
+def test_compilable_inside_the_compiled_function_is_an_error_or_a_graph_break():
+    root = ti.custom_root(residual, argnums=(1, 2, 3), solve=Dense())(iterate)
+
+    def loss(x):
+        return ti.compilable(root)(START, W, U, x).pow(2).sum()
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="call compilable before"):
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(X0)
+    torch._dynamo.reset()
+    close(torch.compile(loss, backend="aot_eager")(X0), unrolled(START, W, U, X0).pow(2).sum())

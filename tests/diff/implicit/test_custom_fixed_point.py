@@ -78,3 +78,11 @@ def test_a_function_that_does_not_return_what_the_solution_is(fn, error, message
     solution = custom_fixed_point(fn, argnums=1)(lambda _, x: x + 0)(None, x)
     with pytest.raises(error, match=message):
         solution.sum().backward()
+
+
+def test_a_function_that_autograd_does_not_record():
+    x = torch.ones(2, requires_grad=True)
+    fn = torch.no_grad()(lambda z, x: 0.5 * z + x)
+    solution = custom_fixed_point(fn, argnums=1)(lambda _, x: 2 * x)(None, x)
+    with pytest.raises(RuntimeError, match="depends on none of its arguments through autograd"):
+        solution.sum().backward()

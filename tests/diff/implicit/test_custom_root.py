@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 import tritonimplicit as ti
 from tritonimplicit import custom_root
-from tritonimplicit.linear_solve import CG, Dense, Neumann, NormalCG
+from tritonimplicit.linear_solve import CG, GMRES, Dense, Neumann, NormalCG
 
 DOUBLE = torch.float64
 PREFIX = r"^custom_root\(optimality_fn\)\(solver_fn\)\(\*args\):"
@@ -410,3 +410,58 @@ def test_two_solvers_decorated_alike_are_independent():
     a = torch.ones(1, requires_grad=True)
     got = grad(one(None, a) + two(None, a), a)
     assert got[0].item() == 4 and one.__name__ == "<lambda>"
+
+
+DETACHED = {
+    "detached": lambda x, a: x.detach() - a,
+    "without grad": torch.no_grad()(lambda x, a: x - a),
+    "constant": torch.func.grad(lambda x, a: (x * a).sum()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which jvp calls
+@pytest.mark.parametrize("solve", [None, CG(), Dense(), Neumann(), GMRES()], ids=repr)
+@pytest.mark.parametrize("optimality", DETACHED.values(), ids=DETACHED.keys())
+def test_an_optimality_that_does_not_depend_on_the_solution(optimality, solve):
+    a = torch.ones(2, requires_grad=True)
+    solver = custom_root(optimality, argnums=1, solve=solve)(lambda _, a: a + 0)
+    with pytest.raises(RuntimeError, match="does not depend on its first argument"):
+        solver(None, a).sum().backward()
+    with pytest.raises(RuntimeError, match="does not depend on its first argument"):
+        torch.func.jvp(lambda a: solver(None, a), (a.detach(),), (torch.ones(2),))
+
+
+def descend(w, a):
+    """Minimise |w - a^2|^2 / 2 from w by a bare backward()."""
+    w = w.detach().clone().requires_grad_()
+    optimiser = torch.optim.SGD([w], lr=1.0)
+    with torch.enable_grad():
+        (0.5 * (w - a.square()).square().sum()).backward()
+    assert a.requires_grad
+    optimiser.step()
+    return w
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_backward_pass_inside_the_solver_adds_to_no_gradient_outside(computed):
+    leaf = torch.tensor([1.0, 3.0], requires_grad=True)
+    leaf.grad = torch.ones(2)
+    a = leaf.square() if computed else leaf
+    x = custom_root(lambda x, a: x - a.square(), argnums=1)(descend)(a, a)
+    assert leaf.grad.tolist() == [1, 1]
+    x.sum().backward()  # d a^2 / d leaf = 2 leaf, or 4 leaf^3
+    torch.testing.assert_close(leaf.grad, 1 + (4 * leaf**3 if computed else 2 * leaf).detach())
+
+
+def test_a_leaf_of_the_initial_guess_is_the_solvers_own():
+    w, a = torch.zeros(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    optimiser = torch.optim.SGD([w], lr=1.0)
+
+    def solver(given, a):
+        with torch.enable_grad():
+            (0.5 * (given - a).square().sum()).backward()
+        optimiser.step()
+        return given
+
+    x = custom_root(lambda x, a: x - a, argnums=1)(solver)(w, a)
+    assert x.tolist() == [1, 1] and a.grad is None

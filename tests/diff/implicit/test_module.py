@@ -821,3 +821,46 @@ def test_solve_of_a_mixin(data, reg):
 
     (gradient,) = torch.autograd.grad(outer(Module(reg).solve(*data).w), reg)
     assert_exact(gradient, expected_gradient(*data, reg), data[0], reg)
+
+
+def test_an_objective_that_does_not_depend_on_the_parameters(reg):
+    class Detached(ImplicitMetaGradientModule):
+        def __init__(self, reg):
+            super().__init__()
+            self.reg, self.w = reg, nn.Parameter(torch.zeros(N, dtype=torch.float64))
+
+        def objective(self):
+            return (self.w.detach() * self.reg).square().sum()
+
+        def solve(self):
+            return self
+
+    with pytest.raises(RuntimeError, match="does not depend on its first argument"):
+        outer(Detached(reg).solve().w).backward()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_backward_pass_inside_solve_adds_nothing_to_the_meta_parameters(data, reg, enabled):
+    class Bare(ImplicitMetaGradientModule, linear_solve=solve_inv()):
+        def __init__(self, reg):
+            super().__init__()
+            self.reg, self.w = reg, nn.Parameter(torch.zeros(N, dtype=torch.float64))
+
+        def objective(self, x, y):
+            return 0.5 * (x @ self.w - y).square().mean() + 0.5 * self.reg * self.w.square().sum()
+
+        def solve(self, x, y):
+            with torch.enable_grad():
+                self.objective(x, y).backward()
+            assert self.reg.grad is not None
+            self.w.copy_(ridge_solution(x, y, self.reg))
+            return self
+
+    module, before = Bare(reg), torch.tensor(7.0, dtype=torch.float64)
+    reg.grad = before
+    with torch.set_grad_enabled(enabled):
+        module.solve(*data)
+    assert reg.grad is before and before == 7
+    if enabled:
+        got = torch.autograd.grad(outer(module.w), reg)[0]
+        assert_exact(got, expected_gradient(*data, reg), data[0], reg)

@@ -281,3 +281,22 @@ def test_a_preconditioner_of_the_backward_pass_is_not_used_for_the_other_transpo
     asked.clear()
     close(jvp(run, (b.detach(),), (b.detach(),))[1], exact @ b.detach())
     assert not asked
+
+
+def test_a_ridge_for_each_system_is_differentiated_through_a_vmap():
+    ridge = torch.tensor([0.1, 0.2, 0.3], dtype=DOUBLE, requires_grad=True)
+    a = torch.rand(5, 3, 4, dtype=DOUBLE, requires_grad=True)  # 5 vmapped, 3 systems
+    solver = ti.custom_root(
+        lambda x, a: x + x**3 - a, argnums=1, solve=Dense(batch_ndim=1, ridge=ridge)
+    )(newton)
+    x = vmap(lambda a: solver(torch.zeros_like(a), a))(a)
+    (got,) = grad(x.sum(), a, create_graph=True)
+    expected = 1 / (1 + 3 * x.detach() ** 2 + ridge[:, None])
+    close(got, expected)
+    close(grad(got.sum(), ridge), grad(expected.sum(), ridge))
+
+
+def newton(x, a):
+    for _ in range(50):
+        x = x - (x + x**3 - a) / (1 + 3 * x**2)
+    return x

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from tritonimplicit.linear_solve.solve import LinearFamily, linear_solve, replace_at
+from tritonimplicit.linear_solve.family import LinearFamily
+from tritonimplicit.linear_solve.solve import linear_solve, replace_at
 from tritonimplicit.operators import Jacobian, Tensors, pullback, pushforward
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,19 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonimplicit.diagnostics import callers_level
 from tritonimplicit.diff.implicit.arguments import PREFIX, Arguments
 from tritonimplicit.diff.implicit.autocast import AutocastState
-from tritonimplicit.diff.implicit.closures import HiddenTransforms
+from tritonimplicit.diff.implicit.closures import HiddenTransforms, Wording, wording_of
 from tritonimplicit.diff.implicit.pytrees import (
     HOW_TO_REGISTER,
     tree_flatten,
     tree_leaves,
     tree_unflatten,
 )
-from tritonimplicit.linear_solve.solve import Dims, LinearFamily, MaybeTensors, replace_at
+from tritonimplicit.linear_solve.family import Dims, LinearFamily
+from tritonimplicit.linear_solve.solve import MaybeTensors, replace_at
 from tritonimplicit.opaque import opaque_call
 from tritonimplicit.operators import Solve, Tensors
-from tritonimplicit.torch_internals import transforms_active
+from tritonimplicit.random_numbers import random_states
+from tritonimplicit.torch_internals import in_trace, transforms_active
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class RootCall:
     ):
         self._solver_fn, self._optimality_fn, self._has_aux = solver_fn, optimality_fn, has_aux
         self.arguments, self.autocast = arguments, autocast
+        self.wording = wording_of(optimality_fn)
         self.solution_count = 0
         self._aux: Any = None
         self._transformed = transforms_active()
@@ -126,8 +131,12 @@ class RootCall:
         given: MaybeTensors = (*(None,) * self.arguments.init_count, *tensors)
         args, kwargs = self.arguments.build(given)
         tree = tree_unflatten(self._solution_spec, x)
+        device = x[0].device
+        before = None if in_trace() else random_states(device)
         with self.autocast.again():
             residual = self._optimality_fn(tree, *args[1:], **kwargs)
+        if before is not None:
+            _warn_of_random_numbers(before, device, self.wording)
         leaves, spec = tree_flatten(residual)
         if spec != self._solution_spec:
             raise TypeError(
@@ -144,3 +153,16 @@ class RootCall:
                     f"of shape {tuple(like.shape)}: the residual must have its shapes."
                 )
         return tuple(leaf.to(like.dtype) for leaf, like in zip(leaves, x, strict=True))
+
+
+def _warn_of_random_numbers(before: list[Tensor], device: torch.device, wording: Wording) -> None:
+    """Warn if the generators have moved: the solver has seen other numbers, so another function."""
+    if not all(map(torch.equal, before, random_states(device))):
+        warnings.warn(
+            f"{wording.subject} draws random numbers (dropout in training, for one), in the "
+            "backward pass others than in the solver, so that the gradient is not that of the "
+            "solution. Draw them before the solve and give them as an argument, or call eval(). "
+            "tritonimplicit.nn.DEQ draws one mask for both passes.",
+            UserWarning,
+            stacklevel=callers_level(),
+        )

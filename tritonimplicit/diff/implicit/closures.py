@@ -8,12 +8,13 @@ import inspect
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tritonimplicit.diagnostics import callers_level
 from tritonimplicit.diff.implicit.pytrees import tree_leaves
 from tritonimplicit.operators import graph_leaves
 from tritonimplicit.torch_internals import has_tangent, is_transformed, transforms_active
@@ -22,32 +23,51 @@ _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinMethodType, fun
 _INERT = (bool, int, float, str, type, types.ModuleType)
 
 
+@dataclass(frozen=True)
+class Wording:
+    """What messages call an optimality, and how what it uses becomes an argument of it."""
+
+    subject: str = "optimality_fn"
+    named: str = "in no argument named by argnums"
+    remedy: str = (
+        "pass them as an argument and name it in argnums (a module's parameters through "
+        "torch.func.functional_call), or detach them"
+    )
+
+
+def wording_of(fn: Callable[..., Any], default: Wording = Wording()) -> Wording:
+    """What messages call `fn`: its attribute `wording`, if it is one of ours."""
+    wording = getattr(fn, "wording", None)
+    return wording if isinstance(wording, Wording) else default
+
+
 def hidden_leaves(outputs: Iterable[Tensor], given: Iterable[Tensor]) -> list[Tensor]:
     """Leaf tensors that require grad in the graph of `outputs`, and are not among `given`."""
     known = {id(t) for t in given}
     return [leaf for leaf in graph_leaves(list(outputs)) if id(leaf) not in known]
 
 
-def warn_of_hidden_leaves(outputs: Iterable[Tensor], given: Iterable[Tensor]) -> None:
+def warn_of_hidden_leaves(
+    outputs: Iterable[Tensor], given: Iterable[Tensor], wording: Wording
+) -> None:
     """Warn if the optimality reaches parameters through a closure: they get no gradient."""
-    _warn_of(hidden_leaves(outputs, given))
+    _warn_of(hidden_leaves(outputs, given), wording)
 
 
 def warn_of_closure(fn: Callable[..., Any]) -> None:
     """The same where no named argument requires grad, so that no backward pass would tell."""
-    _warn_of([tensor for tensor in held_by(fn) if tensor.requires_grad])
+    _warn_of([tensor for tensor in held_by(fn) if tensor.requires_grad], wording_of(fn))
 
 
-def _warn_of(hidden: list[Tensor]) -> None:
+def _warn_of(hidden: list[Tensor], wording: Wording) -> None:
     if hidden:
         shapes = ", ".join(str(tuple(t.shape)) for t in hidden[:5])
         warnings.warn(
-            f"optimality_fn uses {len(hidden)} tensors that require grad and are in no argument "
-            f"named by argnums (shapes {shapes}{', ...' if len(hidden) > 5 else ''}): they get no "
-            "gradient. Pass them as an argument and name it in argnums (a module's parameters "
-            "through torch.func.functional_call), or detach them.",
+            f"{wording.subject} uses {len(hidden)} tensors that require grad and are "
+            f"{wording.named} (shapes {shapes}{', ...' if len(hidden) > 5 else ''}). They get no "
+            f"gradient: {wording.remedy}.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=callers_level(),
         )
 
 
@@ -129,8 +149,9 @@ class HiddenTransforms(TorchFunctionMode):
 def refuse_transformed_closure(fn: Callable[..., Any]) -> None:
     """Raise RuntimeError if a transform or forward AD would lose the gradient of a closure."""
     if any(is_transformed(tensor) or has_tangent(tensor) for tensor in closed_over(fn)):
+        wording = wording_of(fn)
         raise RuntimeError(
-            "optimality_fn closes over a tensor, or over an object with one among its attributes, "
-            "that forward-mode AD or a torch.func transform (grad, jvp, vmap, ...) is working on, "
-            "which would silently get no gradient: pass it as an argument and name it in argnums."
+            f"{wording.subject} closes over tensors, or over objects with some among their "
+            "attributes, that forward-mode AD or a torch.func transform (grad, jvp, vmap, ...) is "
+            f"working on, which would silently get no gradient: {wording.remedy}."
         )

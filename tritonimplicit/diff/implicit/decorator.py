@@ -36,17 +36,20 @@ def custom_root(
 ) -> Callable[[SolverFn], SolverFn]:
     """Decorate `solver_fn(init, *args) -> x`, which finds x with optimality_fn(x, *args) = 0.
 
-    The solver runs without grad. Its result carries the gradient of the root, by the implicit
-    function theorem, into the arguments named by `argnums` and `argnames`; `init` and the other
-    arguments get none. x and those arguments are tensors or pytrees of tensors: tuples, dicts,
-    namedtuples, and classes registered with optree, globally or in the namespace "tritonimplicit".
-    `optimality_fn` takes the solver's arguments with x in the place of `init` and returns a
-    residual of x's structure and shapes. In the backward pass it runs under the autocast of the
-    forward pass.
+    The solver runs without grad, on arguments without a graph: what it differentiates itself, under
+    torch.enable_grad(), adds to no gradient outside. Its result carries the gradient of the root,
+    by the implicit function theorem, into the arguments named by `argnums` and `argnames`; `init`
+    and the other arguments get none. x and those arguments are tensors or pytrees of tensors:
+    tuples, dicts, namedtuples, and classes registered with optree, globally or in the namespace
+    "tritonimplicit". `optimality_fn` takes the solver's arguments with x in the place of `init` and
+    returns a residual of x's structure and shapes. In the backward pass it runs under the autocast
+    of the forward pass.
 
     Args:
         optimality_fn: the optimality condition, a differentiable function; a fixed point z = f(z)
-            is the root of z - f(z). What it closes over gets no gradient (a warning says so).
+            is the root of z - f(z). What it closes over gets no gradient (a warning says so), and
+            random numbers that it draws, a dropout's mask, must be an argument (another warning):
+            those of the backward pass are not those that the solver has seen.
         argnums: which arguments of the solver to differentiate in, counting `init` as 0; not 0.
         has_aux: the solver returns (x, aux); aux is handed through untouched.
         solve: `(matvec, b) -> u`, called in the backward pass with A^T, A = d optimality / d x, and

@@ -6,11 +6,14 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from tritonimplicit.diff.implicit.closures import Wording, wording_of
 from tritonimplicit.diff.implicit.decorator import SolverFn, custom_root
-from tritonimplicit.diff.implicit.pytrees import tree_map, tree_structure
+from tritonimplicit.diff.implicit.pytrees import tree_leaves, tree_map, tree_structure
 from tritonimplicit.operators import Solve
+from tritonimplicit.torch_internals import transforms_active
 
 
 def custom_fixed_point(
@@ -28,6 +31,7 @@ def custom_fixed_point(
     In the backward pass A = I - J^T, which `linear_solve.solve_inv(ns=True)` solves where J is a
     contraction.
     """
+    wording = wording_of(fixed_point_fn, Wording("fixed_point_fn"))
 
     @functools.wraps(fixed_point_fn)
     def residual(z: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,9 +42,27 @@ def custom_fixed_point(
                 f"fixed_point_fn returned the structure {structure}; it must return that of the "
                 f"solution, {expected}."
             )
-        return tree_map(_difference, z, image)
+        difference = tree_map(_difference, z, image)
+        _check_recorded(z, image, wording)
+        return difference
 
+    residual.wording = wording  # type: ignore[attr-defined]
     return custom_root(residual, argnums, has_aux, solve, argnames=argnames)
+
+
+def _check_recorded(z: Any, image: Any, wording: Wording) -> None:
+    """Raise RuntimeError where autograd was to record the image and has not."""
+    if not torch.is_grad_enabled() or transforms_active():
+        return
+    if _requires_grad(z) and not _requires_grad(image):
+        raise RuntimeError(
+            f"the result of {wording.subject} depends on none of its arguments through autograd: "
+            "was it detached, or computed under torch.no_grad() or outside torch?"
+        )
+
+
+def _requires_grad(tree: Any) -> bool:
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(tree))
 
 
 def _difference(z: Tensor, image: Tensor) -> Tensor:

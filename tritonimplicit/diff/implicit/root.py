@@ -12,18 +12,13 @@ from tritonimplicit.diff.implicit.adjoint import differentiable_root_vjp, root_j
 from tritonimplicit.diff.implicit.arguments import PREFIX
 from tritonimplicit.diff.implicit.call import RootProblem
 from tritonimplicit.diff.implicit.closures import warn_of_hidden_leaves
-from tritonimplicit.linear_solve.solve import (
-    Dims,
-    LinearFamily,
-    MaybeTensors,
-    batch_first,
-    replace_at,
-)
+from tritonimplicit.linear_solve.family import Dims
+from tritonimplicit.linear_solve.solve import MaybeTensors, batch_first, replace_at
 from tritonimplicit.operators import Tensors
 from tritonimplicit.torch_internals import (
     forward_rule,
     in_trace,
-    is_legacy_batched,
+    refuse_legacy_batched,
     transforms_active,
     untraced,
 )
@@ -43,7 +38,7 @@ class Root(torch.autograd.Function):
             return problem.trace(tensors)
         fixed = [t for t in tensors[problem.call.arguments.init_count :] if not t.is_inference()]
         versions = [t._version for t in fixed]
-        solution, aux = problem.run(tensors)
+        solution, aux = problem.run(_without_graphs(tensors, problem.call.arguments.init_count))
         if [t._version for t in fixed] != versions:
             raise RuntimeError(
                 f"{PREFIX} the solver changed an argument in place that the optimality depends on, "
@@ -73,6 +68,7 @@ class Root(torch.autograd.Function):
     @untraced
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         """Solve A^T u = -cotangents and pull u back into the arguments."""
+        refuse_legacy_batched(cotangents)
         problem, n, saved = ctx.problem, ctx.n, ctx.saved_tensors
         call, x, args, cotangents = problem.call, saved[:n], saved[n:], cotangents[:n]
         before = 1 + call.arguments.init_count  # inputs without a gradient
@@ -80,15 +76,9 @@ class Root(torch.autograd.Function):
         needed = ctx.needs_input_grad[before:]
         wrt = [i for i in range(len(args)) if needed[i] and named[i]]
         grads: MaybeTensors = (None,) * len(args)
-        if any(map(is_legacy_batched, cotangents)):
-            raise RuntimeError(
-                "is_grads_batched=True, and vectorize=True in torch.autograd.functional, batch a "
-                "backward pass by an old vmap that a custom Function has no rule for: use "
-                "torch.func.jacrev, or torch.func.vmap over torch.func.vjp."
-            )
         if wrt:
             with call.autocast.off():
-                grads = replace_at(grads, wrt, _pulled(problem.family, x, args, wrt, cotangents))
+                grads = replace_at(grads, wrt, _pulled(problem, x, args, wrt, cotangents))
         return (*(None,) * before, *grads)
 
     @staticmethod
@@ -123,15 +113,30 @@ class Root(torch.autograd.Function):
         return out, (0,) * len(out)
 
 
+def _without_graphs(tensors: Tensors, init_count: int) -> Tensors:
+    """What the solver gets: a bare `backward()` in it shall add to no gradient outside.
+
+    A leaf of the initial guess alone may be what an optimiser steps on, and stays itself.
+    """
+    given = set(map(id, tensors[init_count:]))
+    return tuple(
+        t
+        if not t.requires_grad or (i < init_count and t.is_leaf and id(t) not in given)
+        else t.detach().requires_grad_()
+        for i, t in enumerate(tensors)
+    )
+
+
 def _pulled(
-    family: LinearFamily, x: Tensors, args: Tensors, wrt: Sequence[int], cotangents: Tensors
+    problem: RootProblem, x: Tensors, args: Tensors, wrt: Sequence[int], cotangents: Tensors
 ) -> Tensors:
     """Return the cotangents of the args numbered by `wrt`, differentiable if that is asked for."""
+    family, wording = problem.family, problem.call.wording
     if in_trace() or transforms_active():
         return differentiable_root_vjp(family, x, args, wrt, cotangents)
     with family.stream(x[0].device):
         jacobian = family.recorded(x, args, wrt)
-        warn_of_hidden_leaves(jacobian.outputs, jacobian.leaves)
+        warn_of_hidden_leaves(jacobian.outputs, jacobian.leaves, wording)
         if not torch.is_grad_enabled():
             return root_vjp(family, jacobian, cotangents)
     return differentiable_root_vjp(family, x, args, wrt, cotangents)  # create_graph=True

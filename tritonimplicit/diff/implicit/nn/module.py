@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tritonimplicit.diff.implicit.closures import Wording
 from tritonimplicit.diff.implicit.decorator import check_solve, custom_root
 from tritonimplicit.diff.implicit.nn.meta import MetaGradientModule
 from tritonimplicit.diff.implicit.nn.replica import replicate
@@ -77,9 +79,10 @@ class ImplicitMetaGradientModule(SolvedModule, abc.ABC):
     def solve(self, *args: Any, **kwargs: Any) -> Any:
         """Bring the parameters, in place, to the solution of the inner problem.
 
-        It runs without gradients: turn them on for the steps that need them, and let these go to
-        the parameters alone, by `torch.autograd.grad` or `loss.backward(inputs=params)`. What it
-        returns is passed through; often it is self.
+        It runs without gradients: turn them on for the steps that need them. Those that they leave
+        in the `grad` of meta-parameters are dropped; a meta-parameter that is itself computed has
+        a graph that `loss.backward(inputs=params)` keeps out of. What `solve` returns is passed
+        through; often it is self.
 
         Raises:
             RuntimeError: the module has no parameters, or no meta-parameters.
@@ -145,7 +148,8 @@ def enable_implicit_gradients(cls: type[M]) -> type[M]:
         self._take_back()
         names, meta = _variables(self)
         if not torch.is_grad_enabled():
-            output = run(self, *args, **kwargs)
+            with _gradients_aside(meta):
+                output = run(self, *args, **kwargs)
             self._take_back()
             return output
         # The graph keeps `solver` and must not keep this module (see _Snapshot): the module, and
@@ -156,7 +160,8 @@ def enable_implicit_gradients(cls: type[M]) -> type[M]:
             _: Tensors, __: Tensors, ___: Tensors, snapshot: _Snapshot, /, *args: Any, **kwargs: Any
         ) -> Any:
             module: M = handover.pop()
-            handover.append(run(module, *args, **kwargs))
+            with _gradients_aside(meta):
+                handover.append(run(module, *args, **kwargs))
             module._take_back()  # run() may have called a parent's `solve` with grad
             snapshot.take(module, names)
             return tuple(p.detach().clone() for p in _named(module, names))
@@ -171,6 +176,20 @@ def enable_implicit_gradients(cls: type[M]) -> type[M]:
     solve.implicit_gradients_enabled = True  # type: ignore[attr-defined]
     cls.solve = solve  # type: ignore[assignment, method-assign]
     return cls
+
+
+@contextlib.contextmanager
+def _gradients_aside(tensors: Tensors) -> Iterator[None]:
+    """Leave the gradients of leaves as they are: a bare `backward()` in a `solve` adds to all."""
+    leaves = [t for t in tensors if t.is_leaf]
+    kept = [t.grad for t in leaves]
+    for leaf in leaves:
+        leaf.grad = None  # autograd may add in place
+    try:
+        yield
+    finally:
+        for leaf, gradient in zip(leaves, kept, strict=True):
+            leaf.grad = gradient
 
 
 class _Snapshot:
@@ -230,6 +249,11 @@ def _gradient(*args: Any, **kwargs: Any) -> Tensors:
 
 
 _gradient.is_gradient = True  # type: ignore[attr-defined]
+_gradient.wording = _residual.wording = Wording(  # type: ignore[attr-defined]
+    "the module's optimality, or objective,",
+    "no meta-parameters",
+    "make them meta by register_meta_parameter or register_meta_module, or detach them",
+)
 
 
 def _with_tensors(module: M, old: Tensors, new: Tensors) -> M:
