@@ -366,11 +366,14 @@ def test_the_references_bits_are_a_systems_own(
 
 
 @dtypes
-def test_the_common_case_writes_what_the_rules_do(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ending", [False, True])
+def test_few_systems_and_many_get_what_the_rules_write(
+    dtype: torch.dtype, ending: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = arnoldi(4, 300, dtype, parts=2)
-    common, ruled = step.to("cpu"), step.to("cpu")
+    step = cases(dtype) if ending else arnoldi(4, 300, dtype, parts=2)
+    one_by_one, common, ruled = step.to("cpu"), step.to("cpu"), step.to("cpu")
+    one_by_one.launch(reference)
+    monkeypatch.setattr("tritonimplicit_kernels.reference.few.MOST", 0)
     common.launch(reference)
     seen = []
     monkeypatch.setattr(
@@ -379,6 +382,7 @@ def test_the_common_case_writes_what_the_rules_do(
     )
     ruled.launch(reference)
     assert seen
+    assert_same_bits(one_by_one, ruled)
     assert_same_bits(common, ruled)
 
 

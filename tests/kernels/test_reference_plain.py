@@ -23,7 +23,7 @@ from tests.kernels.problems import (
 )
 from tests.kernels.test_steps import CG_CASES, PCG_CASES, cg_cases, pcg_cases, same
 from tritonimplicit_kernels import reference, status
-from tritonimplicit_kernels.reference import plain
+from tritonimplicit_kernels.reference import few, plain
 from tritonimplicit_kernels.reference.common import all_advance_cg, all_advance_neumann
 from tritonimplicit_kernels.reference.rules import decide_cg, decide_neumann
 from tritonimplicit_kernels.reference.tiles import TILE
@@ -47,7 +47,9 @@ def assert_the_plain_forms_bits(step: Step) -> None:
 def test_any_state_gives_the_plain_forms_bits(data: st.DataObject, batch: int, make: type) -> None:
     step: Step = make(batch, data.draw(st.sampled_from(LENGTHS[:2])), torch.float32, 3)
     draw_state(step, data)
-    assert_the_plain_forms_bits(step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few, "MOST", data.draw(st.sampled_from([0, few.MOST])))
+        assert_the_plain_forms_bits(step)
 
 
 def draw_state(step: Step, data: st.DataObject) -> None:
@@ -66,6 +68,8 @@ def draw_state(step: Step, data: st.DataObject) -> None:
         step.state[1, row] = data.draw(st.sampled_from([0, 999, 1000]))
         step.threshold[row] = data.draw(st.sampled_from([0, 0, 1e-3, 1e70]))
         step.residual_sq[row] = 7.0
+        if isinstance(step, Neumann):
+            step.limit[row] = data.draw(st.sampled_from([torch.inf, 1.2]))
         vector = data.draw(st.sampled_from(vectors))
         vector[row, 5] = data.draw(st.sampled_from([1.0, -1.0, torch.nan, torch.inf]))
         if data.draw(st.booleans()):

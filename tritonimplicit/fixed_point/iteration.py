@@ -32,7 +32,7 @@ class Iteration(abc.ABC):
         self._rounds = any(dtype is not z.dtype for dtype in dtypes)
         norm, tolerance = self._evaluate()
         self.progress = Progress(norm, tolerance, partials=1)
-        self.best = z
+        self.best = z.clone()
         self.best_norm = torch.where(norm.isfinite(), norm, math.inf)
 
     def step(self) -> None:
@@ -44,7 +44,7 @@ class Iteration(abc.ABC):
         record(state, advances, norm.square())
         state.threshold = torch.where(advances, tolerance.square(), state.threshold)
         better = advances & (norm < self.best_norm)
-        self.best = torch.where(better[:, None], self.z, self.best)
+        torch.where(better[:, None], self.z, self.best, out=self.best)
         self.best_norm = torch.where(better, norm, self.best_norm)
 
     def before_capture(self, steps: int) -> None:  # noqa: B027

@@ -151,15 +151,17 @@ class LinearSolver(OwnSolver):
         if (overflown := layout.overflown(rows.x)) is not None:
             rows.status.masked_fill_(overflown, Status.NON_FINITE)
             present = None
-        nonfinite = rows.status == Status.NON_FINITE
-        x = rows.x.masked_fill_(nonfinite[:, None], math.nan)
-        history = rows.history
+        x, residual_norm, history = rows.x, rows.residual_norm, rows.history
+        if present is None or Status.NON_FINITE in present:
+            nonfinite = rows.status == Status.NON_FINITE
+            x.masked_fill_(nonfinite[:, None], math.nan)
+            residual_norm = residual_norm.masked_fill(nonfinite, math.nan)
         solution = Solution(
             # detach: a leaf that were a view of the buffer could not be detached in place.
             value=optree.tree_map(Tensor.detach, layout.unflatten(x)),
             status=layout.per_system(rows.status),
             iterations=layout.per_system(rows.iterations),
-            residual_norm=layout.per_system(rows.residual_norm.masked_fill(nonfinite, math.nan)),
+            residual_norm=layout.per_system(residual_norm),
             solver=type(solver).__name__,
             history=None if history is None else history.view(-1, *layout.batch_shape),
         )

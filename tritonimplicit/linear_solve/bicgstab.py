@@ -58,8 +58,7 @@ class _BiCGSTAB(Recurrence):
         self._product = _Twice(apply)
         self._preconditioner = None if precondition is None else _Twice(precondition)
         b_norm = kernels.row_norms(b)
-        self.x, self._r = solver.start(apply, b, b_norm)
-        norm = kernels.row_norms(self._r)
+        self.x, self._r, norm = solver.start(apply, b, b_norm)
         partials = self._backend.partial_count(b.shape[1])
         self.progress = Progress(norm, solver.tolerance(b_norm, b.dtype), partials)
         # Beyond a growth of 1/eps no digit of the start is left.

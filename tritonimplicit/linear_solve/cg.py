@@ -52,13 +52,13 @@ class _ConjugateGradient(Recurrence):
     def __init__(self, solver: FusedSolver, apply: RowMatvec, b: Tensor):
         self.apply, self.b = apply, b
         b_norm = kernels.row_norms(b)
-        self.x, self._r = solver.start(apply, b, b_norm)
+        self.x, self._r, norm = solver.start(apply, b, b_norm)
         self._p = self._r.clone()
         self._maxiter = solver.iteration_limit(apply.layout)
         self._backend = solver.backend_for(apply, b)
         partials = self._backend.partial_count(b.shape[1])
         tolerance = solver.tolerance(b_norm, b.dtype)
-        self.progress = Progress(kernels.row_norms(self._r), tolerance, partials)
+        self.progress = Progress(norm, tolerance, partials)
         self._dots = b_norm.new_empty(2, b.shape[0], partials)
 
     def step(self) -> None:

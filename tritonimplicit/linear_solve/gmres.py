@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from tritonimplicit.linear_solve.rows import RowMatvec, RowSolution
 from tritonimplicit.operators import Matvec
 from tritonimplicit.vectors import Layout
 from tritonimplicit_kernels import status as codes
+
+_BLOCK: Final = 5
+"""Vectors of the basis that are made ready, and added up in x, at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,28 +82,27 @@ class _Arnoldi(Recurrence):
         self.apply, self.b, self._precondition = apply, b, precondition
         self._maxiter = solver.iteration_limit(apply.layout)
         b_norm = kernels.row_norms(b)
-        self.x, residual = solver.start(apply, b, b_norm)
-        norm = kernels.row_norms(residual)
+        self.x, residual, norm = solver.start(apply, b, b_norm)
         systems, ld = b.shape
         self._backend = kernels.backend(solver.backend, b.device, b.dtype)
         partials = self._backend.partial_count(ld)
         self.progress = Progress(norm, solver.tolerance(b_norm, b.dtype), partials)
         m = max(1, min(solver.restart, apply.layout.n, self._maxiter))
-        # Zeros: a system that stops early still reads all of its basis, with coefficients zero.
-        self._basis = b.new_zeros(m, systems, ld)
+        self._basis, self._ready = b.new_empty(m, systems, ld), 0
         self._rest = torch.empty_like(b)
-        self._columns = b_norm.new_zeros(m, systems, m + 1)  # of H, as rows
+        self._columns = b_norm.new_zeros(m + 1, systems, m + 1)  # of H, as rows, and one more
         self._left = b_norm.new_ones(systems, m + 1)  # g, with g H = 0
         self._first, self._second = b_norm.new_empty(2, m, systems, partials)
         self._rest_sq = b_norm.new_empty(systems, partials)
-        self._unit = torch.eye(m, m + 1, dtype=torch.float64, device=b.device).roll(1, 1)
-        self._numbers = torch.arange(m, device=b.device)
+        self._unit = torch.eye(m + 1, dtype=torch.float64, device=b.device).roll(1, 1)
+        self._numbers = torch.arange(m + 1, device=b.device)
         self._begin(residual, norm)
 
     def step(self) -> None:
         if self._column == len(self._basis):
             self._next_cycle()
         state, basis, j, k = self.progress, self._basis, self._column, self._column + 1
+        self._make_ready(k + 1)
         q = basis[j]
         w = self.apply(q if self._precondition is None else self._precondition(q))
         run = self._backend
@@ -125,7 +127,17 @@ class _Arnoldi(Recurrence):
     def _begin(self, residual: Tensor, norm: Tensor) -> None:
         self._column, self._norm = 0, norm
         self._iterations = self.progress.state[1].clone()
+        self._make_ready(1)
         self._basis[0] = normalised(residual)[0]
+
+    def _make_ready(self, count: int) -> None:
+        """Let so many vectors, and the rest of their block, be zero where they are not written.
+
+        A system that has stopped still reads them in `_updated`, with coefficients zero.
+        """
+        if count > self._ready:
+            before, self._ready = self._ready, -(-count // _BLOCK) * _BLOCK
+            self._basis[before : self._ready].zero_()
 
     def _next_cycle(self) -> None:
         """Bring x up to date, and begin a cycle from its true residual."""
@@ -145,19 +157,34 @@ class _Arnoldi(Recurrence):
 
     def _updated(self) -> Tensor:
         """x of each system, of least residual in the Krylov space of its steps in this cycle."""
-        taken = self._numbers < (self.progress.state[1] - self._iterations)[:, None]  # (B, m)
+        steps = self.progress.state[1] - self._iterations
+        left = self._numbers >= steps[:, None]  # (B, m + 1) those not taken
         # Unit columns, in rows where those taken are zero, leave the least squares problem alone.
-        # Its size is the same whenever a system stops, and so are its bits.
-        columns = torch.where(taken[:, :, None], self._columns.transpose(0, 1), self._unit)
-        q, r = torch.linalg.qr(columns.mT)
-        rhs = q[:, 0, :, None] * self._norm[:, None, None]
-        y = torch.linalg.solve_triangular(r, rhs, upper=True)[:, :, 0]
-        y = torch.where(taken, y, 0.0).to(self.x.dtype)
-        with full_precision(self.b.device):
-            step = torch.bmm(y[:, None], self._basis.transpose(0, 1))[:, 0]
+        # Its size is the same whenever a system stops, and so are its bits. The last one is the
+        # right hand side's, which R then holds as Q has transformed it.
+        columns = torch.where(left[:, :, None], self._unit, self._columns.transpose(0, 1))
+        r = torch.linalg.qr(columns.mT, mode="r").R
+        rhs = r[:, :-1, -1:] * self._norm[:, None, None]
+        y = torch.linalg.solve_triangular(r[:, :-1, :-1], rhs, upper=True)[:, :, 0]
+        step = self._combination(y.masked_fill_(left[:, :-1], 0.0).to(self.x.dtype))
         if self._precondition is not None:
             step = self._precondition(step)
-        return torch.where(taken[:, :1], self.x + step, self.x)
+        x = self.x + step
+        return torch.where(left[:, :1], self.x, x, out=x)
+
+    def _combination(self, y: Tensor) -> Tensor:
+        """Return the sum over j of y[:, j] basis[j], for y (B, m) zero beyond this cycle.
+
+        By blocks, so that those of no step of this cycle need not be read, and a system's bits do
+        not depend on how many steps others have taken.
+        """
+        step = torch.zeros_like(self.x)
+        with full_precision(self.b.device):
+            for start in range(0, self._column, _BLOCK):
+                block = slice(start, start + _BLOCK)
+                vectors = self._basis[block].transpose(0, 1)
+                step.unsqueeze(1).baddbmm_(y[:, None, block], vectors)
+        return step
 
 
 def solve_gmres(

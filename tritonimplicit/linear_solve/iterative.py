@@ -69,15 +69,16 @@ class IterativeSolver(LinearSolver):
         relative = max(self.rtol, torch.finfo(dtype).eps)
         return (relative * b_norm).clamp(min=self.atol)
 
-    def start(self, apply: RowMatvec, b: Tensor, b_norm: Tensor) -> tuple[Tensor, Tensor]:
-        """x0 and b - A x0, both new (B, ld) buffers."""
+    def start(self, apply: RowMatvec, b: Tensor, b_norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x0 and b - A x0, both new (B, ld) buffers, and the norm of the latter, (B,)."""
         if self.init is None:
-            return torch.zeros_like(b), b.clone()
+            return torch.zeros_like(b), b.clone(), b_norm
         check_init(self.init, apply.layout)
         x = apply.layout.flatten(self.init, "init")
         # A x = 0 is solved by zero, exactly; from any other start no relative tolerance can be met.
         x.masked_fill_((b_norm == 0)[:, None], 0.0)
-        return x, apply.residual(x, b).clone()
+        residual = apply.residual(x, b).clone()
+        return x, residual, kernels.row_norms(residual)
 
     def in_graphs(self) -> bool:
         """Whether the iterations are to be captured in CUDA graphs."""

@@ -80,8 +80,7 @@ class _Lanczos(Recurrence):
         self._maxiter = solver.iteration_limit(apply.layout)
         self._negligible = 10 * torch.finfo(b.dtype).eps
         b_norm = kernels.row_norms(b)
-        self.x, residual = solver.start(apply, b, b_norm)
-        norm = kernels.row_norms(residual)
+        self.x, residual, norm = solver.start(apply, b, b_norm)
         self.progress = Progress(norm, solver.tolerance(b_norm, b.dtype), partials=1)
         self._begin(residual)
 

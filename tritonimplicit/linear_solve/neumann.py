@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import tritonimplicit_kernels as kernels
-from tritonimplicit.diagnostics import TensorTree
+from tritonimplicit.diagnostics import Status, TensorTree
 from tritonimplicit.linear_solve.base import check_real
 from tritonimplicit.linear_solve.iterative import FusedSolver
 from tritonimplicit.linear_solve.loop import Recurrence, solve_and_verify
+from tritonimplicit.linear_solve.plain import kept
 from tritonimplicit.linear_solve.power import largest_eigenvalue
 from tritonimplicit.linear_solve.preconditioners import row_preconditioner
 from tritonimplicit.linear_solve.progress import Progress
@@ -61,6 +62,8 @@ class Neumann(FusedSolver):
         recurrence = _Richardson(self, apply, layout.gather(b, layout.zeros, "b"))
         rows = solve_and_verify(self, recurrence, always=True)
         # Short of the kernel's limit, a residual above that of the start has diverged all the same.
+        if rows.present is not None and Status.MAX_ITERATIONS not in rows.present:
+            return rows
         grown = rows.residual_norm > recurrence.start_norm
         rows.status.masked_fill_((rows.status == codes.MAX_ITERATIONS) & grown, codes.DIVERGED)
         return dataclasses.replace(rows, present=None)
@@ -74,8 +77,7 @@ class _Richardson(Recurrence):
         self._backend = solver.backend_for(apply, b)
         b_norm = kernels.row_norms(b)
         tolerance = solver.tolerance(b_norm, b.dtype)
-        self.x, residual = solver.start(apply, b, b_norm)
-        self.start_norm = kernels.row_norms(residual)
+        self.x, residual, self.start_norm = solver.start(apply, b, b_norm)
         self._alpha = self._step_length(solver.alpha)
         # Beyond a growth of 1/eps no digit of the start is left.
         self._limit = (self.start_norm / torch.finfo(b.dtype).eps).square()
@@ -83,8 +85,7 @@ class _Richardson(Recurrence):
         self.progress = Progress(self.start_norm, tolerance, partials)
         # A launch tests the residual of the iterate before the one that it updates: x is one update
         # ahead of the residual norm in `progress`, from the start on.
-        done = (self.start_norm <= tolerance)[:, None]
-        self.x.add_(self._update(residual).masked_fill_(done, 0.0))
+        self.x.add_(kept(self._update(residual), ~(self.start_norm <= tolerance)))
 
     def step(self) -> None:
         state = self.progress
@@ -99,7 +100,7 @@ class _Richardson(Recurrence):
         state.rr_out[:, 0] = squares.masked_fill_(state.state_out[0] >= 0, 0.0)
 
     def restart(self, again: Tensor, residual: Tensor) -> None:
-        self.x.add_(self._update(residual).masked_fill_(~again[:, None], 0.0))
+        self.x.add_(kept(self._update(residual), again))
 
     def _launch(self, ax: Tensor, b: Tensor) -> None:
         state = self.progress

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.linear_solve.progress import Progress
+from tritonimplicit.linear_solve.rows import largest
 from tritonimplicit_kernels import status as codes
 
 RowFunction: TypeAlias = Callable[[Tensor], Tensor]
@@ -50,7 +51,7 @@ def advance(
 
 def record(progress: Progress, advances: Tensor, residual_sq: Tensor) -> None:
     """Hand the squared residual norms (B,) of the systems that advance to the next step."""
-    progress.rr_out[:, 0] = torch.where(advances, residual_sq, 0.0)
+    progress.rr_out[:, 0].copy_(residual_sq).masked_fill_(~advances, 0.0)
 
 
 def column(scalars: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,15 +74,15 @@ def scaled(v: Tensor) -> tuple[Tensor, Tensor]:
 
     Unlike the norm, it is a number of v's own precision, whatever v.
     """
-    largest = v.abs().amax(1, keepdim=True)
-    return v / largest.masked_fill(largest == 0, 1.0), largest
+    size = largest(v)[:, None]
+    return v / size.masked_fill(size == 0, 1.0), size
 
 
 def normalised(v: Tensor) -> tuple[Tensor, Tensor]:
     """Return v / ‖v‖ and ‖v‖ (B,) float64 for each row; zero stays zero."""
-    v, largest = scaled(v)
+    v, size = scaled(v)
     norm = kernels.row_norms(v)
-    return v.div_(column(norm.masked_fill(norm == 0, 1.0), v.dtype)), norm * largest[:, 0]
+    return v.div_(column(norm.masked_fill(norm == 0, 1.0), v.dtype)), norm * size[:, 0]
 
 
 def full_precision(device: torch.device) -> torch.autocast:

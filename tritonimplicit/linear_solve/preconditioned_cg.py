@@ -29,13 +29,13 @@ class DiagonalCG(Recurrence):
         self.apply, self.b = apply, b
         self._precondition = M
         b_norm = kernels.row_norms(b)
-        self.x, self._r = solver.start(apply, b, b_norm)
+        self.x, self._r, norm = solver.start(apply, b, b_norm)
         self._p = M(self._r)
         self._maxiter = solver.iteration_limit(apply.layout)
         self._backend = solver.backend_for(apply, b)
         partials = self._backend.partial_count(b.shape[1])
         tolerance = solver.tolerance(b_norm, b.dtype)
-        self.progress = Progress(kernels.row_norms(self._r), tolerance, partials)
+        self.progress = Progress(norm, tolerance, partials)
         self._dots = b_norm.new_empty(2, b.shape[0], partials)
         self._rz = torch.zeros_like(self.progress.rr), torch.zeros_like(self.progress.rr)
         self._rz[0][:, 0] = kernels.row_weighted_squares(self._r, M.inverse)
@@ -108,11 +108,11 @@ class PreconditionedCG(Recurrence):
         self._precondition = precondition
         self._maxiter = solver.iteration_limit(apply.layout)
         b_norm = kernels.row_norms(b)
-        self.x, self._r = solver.start(apply, b, b_norm)
+        self.x, self._r, norm = solver.start(apply, b, b_norm)
         self._p = torch.zeros_like(b)
         self._rz = torch.ones_like(b_norm)
         tolerance = solver.tolerance(b_norm, b.dtype)
-        self.progress = Progress(kernels.row_norms(self._r), tolerance, partials=1)
+        self.progress = Progress(norm, tolerance, partials=1)
 
     def step(self) -> None:
         """Do one iteration on the systems that run, or stop them."""

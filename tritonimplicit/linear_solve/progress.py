@@ -52,12 +52,12 @@ class Progress:
 
     def settle(self) -> None:
         """Give the systems that no launch has stopped the status that the next one would."""
-        running = self.state[0] < 0
-        rr = self.rr.sum(1)
+        status, rr = self.state[0], self.rr.sum(1)
+        running = status < 0
         self.residual_sq = torch.where(running, rr, self.residual_sq)
-        ended = torch.where(rr <= self.threshold, codes.CONVERGED, codes.MAX_ITERATIONS)
-        ended = torch.where(rr.isfinite(), ended, codes.NON_FINITE)
-        self.state[0] = torch.where(running, ended.int(), self.state[0])
+        status.masked_fill_(running, codes.MAX_ITERATIONS)
+        status.masked_fill_(running & (rr <= self.threshold), codes.CONVERGED)
+        status.masked_fill_(running & ~(rr < torch.inf), codes.NON_FINITE)
 
     def stop(self, systems: Tensor, status: int) -> None:
         """Stop those of `systems` (B,) bool that still may iterate, for what the host knows."""

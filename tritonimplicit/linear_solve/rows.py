@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import optree
@@ -138,8 +137,8 @@ class RowMatvec:
 
 def largest(v: Tensor) -> Tensor:
     """(B,) the largest |element| of each row of v (B, ld), NaN where there is one; no copy of v."""
-    size: Tensor = torch.linalg.vector_norm(v, math.inf, dim=1)
-    return size
+    # On a CPU the norm of this order is many times slower than the two together.
+    return torch.maximum(v.amax(1), v.amin(1).neg_())
 
 
 def refuse_gradient(result: TensorTree, name: str = "the matvec") -> TensorTree:

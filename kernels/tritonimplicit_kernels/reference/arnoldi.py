@@ -10,12 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tritonimplicit_kernels.reference import few
 from tritonimplicit_kernels.reference.common import all_advance_arnoldi
 from tritonimplicit_kernels.reference.dots import row_squares
+from tritonimplicit_kernels.reference.few import are_few
 from tritonimplicit_kernels.reference.history import (
+    frozen,
     less_combination,
     row_products,
-    running,
     write_running,
 )
 from tritonimplicit_kernels.reference.rules import decide_arnoldi
@@ -23,7 +25,7 @@ from tritonimplicit_kernels.reference.rules import decide_arnoldi
 
 def multi_dot(w: Tensor, basis: Tensor, count: int, state: Tensor, products: Tensor) -> None:
     """Write basis[j].w of each running system into `products[j]`, and zero for a frozen one."""
-    write_running(products[:count], running(state), row_products(basis[:count], w))
+    write_running(products[:count], frozen(state), row_products(basis[:count], w))
 
 
 def arnoldi_project(
@@ -37,10 +39,10 @@ def arnoldi_project(
     ww: Tensor,
 ) -> None:
     """Write w less its part in the basis, and that rest's dots with the basis and itself."""
-    vectors, runs = basis[:count], running(state)
+    vectors, idle = basis[:count], frozen(state)
     less_combination(w, 1.0, _folded(first, count), vectors, w_out)
-    write_running(second[:count], runs, row_products(vectors, w_out))
-    write_running(ww, runs, row_squares(w_out))
+    write_running(second[:count], idle, row_products(vectors, w_out))
+    write_running(ww, idle, row_squares(w_out))
 
 
 def arnoldi_step(
@@ -70,24 +72,48 @@ def arnoldi_step(
     dot, left_sq = (g * h).sum(1), g.square().sum(1)
     negligible = size_sq * (10 * torch.finfo(w.dtype).eps) ** 2
     grows = rest_sq > negligible  # else the Krylov space is invariant
+    singular = (rest_sq <= negligible) & (dot.square() <= negligible * left_sq)
     decision = _total(rr), state, threshold, maxiter, state_out, residual_sq
-    everywhere = w.device.type == "cpu" and all_advance_arnoldi(size_sq, grows, *decision)
-    if everywhere:
-        advances = None
-    else:
-        singular = (rest_sq <= negligible) & (dot.square() <= negligible * left_sq)
-        advances = decide_arnoldi(size_sq, singular, *decision)
+    advances, rows = _decide(size_sq, grows, singular, *decision)
     entry = rest_sq.sqrt()
-    growth = -dot / (entry if everywhere else entry.masked_fill(~grows, 1.0))
+    growth = -dot / (entry if rows is advances else entry.masked_fill(~grows, 1.0))
     remaining = norm.square() / (left_sq + growth.square())
     _write(column[:, :count], advances, h)
     _write(column[:, count], advances, entry)
     _write(left[:, count], advances, growth)
     # The exact solution is in an invariant space: that is a claim, and the truth will tell.
-    write_running(rr_out, advances, remaining if everywhere else remaining * grows)
+    write_running(rr_out, None if rows is None else ~rows, remaining)
     if count < len(basis):
-        rows = None if advances is None else advances & grows
         _write_next(w, basis, count, more, entry, rows)
+
+
+def _decide(
+    size_sq: Tensor,
+    grows: Tensor,
+    singular: Tensor,
+    rr: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    maxiter: int,
+    state_out: Tensor,
+    residual_sq: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Settle the state; return which systems advance, and which of these grow; None means all.
+
+    One and the same where the host can see that all that advance grow.
+    """
+    decision = rr, state, threshold, maxiter, state_out, residual_sq
+    if are_few(state):
+        advance = few.decide_arnoldi(size_sq, singular, *decision)
+        advances = None if all(advance) else state_out[0] < 0
+        all_grow = all(g for g, a in zip(grows.tolist(), advance, strict=True) if a)
+        if all_grow:
+            return advances, advances
+    elif state.device.type == "cpu" and all_advance_arnoldi(size_sq, grows, *decision):
+        return None, None
+    else:
+        advances = decide_arnoldi(size_sq, singular, *decision)
+    return advances, grows if advances is None else advances & grows
 
 
 def _write_next(
@@ -95,7 +121,9 @@ def _write_next(
 ) -> None:
     """Write the next basis vector of the systems in `rows` (B,), or of all."""
     rest = basis[count] if rows is None else torch.empty_like(w)
-    less_combination(w, 1.0, more, basis[:count], rest).div_(entry.to(w.dtype)[:, None])
+    entry = entry[:, None]
+    torch.div(w, entry.to(w.dtype), out=rest)
+    less_combination(rest, 1.0, more / entry, basis[:count], rest)  # in place: no copy of w
     if rows is not None:
         _write(basis[count], rows, rest)
 

@@ -154,19 +154,20 @@ def pbicgstab_step(
         if not any(fresh.tolist()):
             fresh = None
     for rows in row_groups(x, runs):
-        vectors = take(rows, x, r, p, shadow, y, z, v.to(x.dtype), t.to(x.dtype))
+        changes = (x, r, p) if fresh is None else (x, r, p, shadow)
+        vectors = take(rows, y, z, v.to(x.dtype), t.to(x.dtype), *changes)
         here = tuple(scale[rows] if isinstance(scale, Tensor) else scale for scale in scales)
         begins = None if fresh is None else fresh[rows]
         sums = row_sums(_update(tile, here, begins) for tile in column_tiles(*vectors))
         write_sums(rr_out, rows, sums * unit[rows] * unit[rows])
-        put_back(rows, (x, r, p, shadow), vectors[:4])
+        put_back(rows, changes, vectors[4:])
     return None
 
 
 def _update(
     tile: tuple[Tensor, ...], scales: tuple[Tensor | float, ...], fresh: Tensor | None
 ) -> Tensor:
-    x, r, p, shadow, y, z, v, t = tile
+    y, z, v, t, x, r, p, *shadows = tile
     y_scale, z_scale, omega, beta = scales
     room = scratch(x)
     scaled = room.vectors
@@ -176,6 +177,6 @@ def _update(
     p -= torch.mul(v, omega, out=scaled)
     p.mul_(beta).add_(r)
     if fresh is not None:
-        torch.where(fresh[:, None], r, p, out=p)
-        torch.where(fresh[:, None], r, shadow, out=shadow)
+        for vector in (p, *shadows):
+            torch.where(fresh[:, None], r, vector, out=vector)
     return squares(widen(r, room.first))

@@ -49,7 +49,7 @@ def advances_alone(
         return None
     alpha: float = (before or shadow_sq) / along
     alpha_out.fill_(alpha)
-    go_on(rr, state, state_out, residual_sq)
+    go_on(rr.sum(-1), state, state_out, residual_sq)
     return alpha
 
 

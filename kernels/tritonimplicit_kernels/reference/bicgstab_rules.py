@@ -40,7 +40,7 @@ def decide_half(
     code.masked_fill_(rr_b <= threshold, status.CONVERGED)
     code.masked_fill_(~(rr_b < torch.inf), status.NON_FINITE)
     advances = settle(code, rr_b, state, state_out, residual_sq)
-    alpha = torch.where(found, torch.where(fresh, shadow_sq, rho) / along, 0.0)
+    alpha = (torch.where(fresh, shadow_sq, rho) / along).masked_fill_(~found, 0.0)
     torch.where(advances, alpha, alpha_out, out=alpha_out)
     return advances, alpha.to(dtype)[:, None]
 
@@ -67,17 +67,18 @@ def decide_step(
     ss_b = ss.sum(-1)
     needed = ss_b * unit * unit > threshold
     useful = needed & (tt > 0) & _outweighs(ts, tt, ss_b, dtype)
-    omega = torch.where(useful, ts / tt, 0.0)
+    omega = (ts / tt).masked_fill_(~useful, 0.0)
     omega.masked_fill_(needed & ~(tt < torch.inf), torch.nan)
     omega = omega.to(dtype).double()
     next_rho = shadow_s - omega * shadow_t
     scale = along * omega  # may underflow
     goes_on = (alpha != 0) & (scale != 0) & _outweighs(next_rho, shadow_sq, ss_b, dtype)
-    beta = torch.where(goes_on, next_rho / scale, 0.0)
+    begins = ~goes_on
+    beta = (next_rho / scale).masked_fill_(begins, 0.0)
     runs = state[0] < 0
-    torch.where(runs, next_rho.masked_fill_(~goes_on, 0.0), rho, out=rho)
+    torch.where(runs, next_rho.masked_fill_(begins, 0.0), rho, out=rho)
     scales = torch.stack([alpha * unit, omega * unit, omega, beta]).to(dtype)[:, :, None]
-    return runs, runs & ~goes_on, scales.unbind()
+    return runs, runs & begins, scales.unbind()
 
 
 def _outweighs(dot: Tensor, square: Tensor, other_square: Tensor, dtype: torch.dtype) -> Tensor:

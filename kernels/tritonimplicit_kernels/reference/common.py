@@ -37,7 +37,7 @@ def all_advance_cg(
     decide = _one if state.shape[1] == 1 else _many
     scales = decide(dots, rr, rz, state, threshold, maxiter, dtype)
     if scales is not None:
-        go_on(rr, state, state_out, residual_sq)
+        go_on(rr.sum(-1), state, state_out, residual_sq)
     return scales
 
 
@@ -54,16 +54,18 @@ def all_advance_neumann(
 
     Unless every one does, nothing is written.
     """
-    decide = _one_of_series if state.shape[1] == 1 else _many_of_series
-    advances = decide(rr, state, threshold, limit, maxiter)
-    if advances:
-        go_on(rr, state, state_out, residual_sq)
-    return advances
+    if _common_state(state, maxiter) != status.RUNNING:
+        return False
+    rr_b = rr.sum(-1)  # (B,)
+    if not all(((rr_b > threshold) & (rr_b <= limit) & (rr_b < torch.inf)).tolist()):
+        return False
+    go_on(rr_b, state, state_out, residual_sq)
+    return True
 
 
 def go_on(rr: Tensor, state: Tensor, state_out: Tensor, residual_sq: Tensor) -> None:
-    """Settle the state of systems that all advance."""
-    torch.sum(rr, -1, out=residual_sq)
+    """Settle the state of systems that all advance; `rr` is (B,)."""
+    residual_sq.copy_(rr)
     torch.add(state, _ONE_ITERATION, out=state_out)
 
 
@@ -102,26 +104,6 @@ def _one(
         return None
     alpha = energy / pap
     return alpha, max(alpha * alpha * apmap - energy, 0.0) / energy
-
-
-def _one_of_series(
-    rr: Tensor, state: Tensor, threshold: Tensor, limit: Tensor, maxiter: int
-) -> bool:
-    """Decide for a single system, in Python's floats."""
-    (seen,), (iterations,) = state.tolist()
-    (residual,), (tolerance,), (end,) = rr.sum(-1).tolist(), threshold.tolist(), limit.tolist()
-    going = seen == status.RUNNING and iterations < maxiter
-    return bool(going and tolerance < residual <= end and residual < math.inf)
-
-
-def _many_of_series(
-    rr: Tensor, state: Tensor, threshold: Tensor, limit: Tensor, maxiter: int
-) -> bool:
-    """Decide for a batch, by the three comparisons that all of it has to pass."""
-    if _common_state(state, maxiter) != status.RUNNING:
-        return False
-    rr_b = rr.sum(-1)  # (B,)
-    return all(((rr_b > threshold) & (rr_b <= limit) & (rr_b < torch.inf)).tolist())
 
 
 def _many(
@@ -169,6 +151,5 @@ def all_advance_arnoldi(
     advances = grows & (rr > threshold) & (rr + size_sq < torch.inf)
     if not all(advances.tolist()):
         return False
-    residual_sq.copy_(rr)
-    torch.add(state, _ONE_ITERATION, out=state_out)
+    go_on(rr, state, state_out, residual_sq)
     return True

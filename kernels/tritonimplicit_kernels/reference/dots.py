@@ -185,7 +185,10 @@ def _weighted_squares(v: Tensor, weights: Tensor) -> Tensor:
 
 
 def _by_tile(sums: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
-    out = torch.empty(vectors[0].shape[0], dtype=torch.float64, device="cpu")
-    for rows in row_groups(vectors[0]):
-        out[rows] = row_sums(sums(*tile) for tile in column_tiles(*take(rows, *vectors)))
-    return out
+    groups = [
+        row_sums(sums(*tile) for tile in column_tiles(*take(rows, *vectors)))
+        for rows in row_groups(vectors[0])
+    ]
+    if not groups:
+        return torch.empty(0, dtype=torch.float64, device="cpu")
+    return groups[0] if len(groups) == 1 else torch.cat(groups)

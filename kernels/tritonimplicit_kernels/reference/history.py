@@ -59,17 +59,19 @@ def less_combination(v: Tensor, scale: float, c: Tensor, vectors: Tensor, out: T
     return out
 
 
-def running(state: Tensor) -> Tensor | None:
-    """Return which systems run, (B,); None where the host can see at once that all do."""
+def frozen(state: Tensor) -> Tensor | None:
+    """Return which systems are frozen, (B,); None where the host can see at once that none is."""
     if state.device.type == "cpu" and state.numel():
         highest, _ = state.amax(1).tolist()
         if highest < 0:
             return None
-    return state[0] < 0
+    return state[0] >= 0
 
 
-def write_running(out: Tensor, runs: Tensor | None, sums: Tensor) -> None:
-    """Write sums (..., B) as the first of the partial sums `out` (..., B, P), zero where frozen."""
+def write_running(out: Tensor, idle: Tensor | None, sums: Tensor) -> None:
+    """Write sums (..., B) as the first of the partial sums `out` (..., B, P), zero where idle."""
     if out.shape[-1] > 1:
         out.zero_()
-    out.select(-1, 0).copy_(sums if runs is None else torch.where(runs, sums, 0.0))
+    first = out.select(-1, 0).copy_(sums)
+    if idle is not None:
+        first.masked_fill_(idle, 0.0)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonimplicit_kernels.reference import plain
+from tritonimplicit_kernels.reference import few, plain
 from tritonimplicit_kernels.reference.common import all_advance_neumann
 from tritonimplicit_kernels.reference.dots import row_sums, scratch, squares, widen
+from tritonimplicit_kernels.reference.few import are_few
 from tritonimplicit_kernels.reference.rules import decide_neumann
 from tritonimplicit_kernels.reference.tiles import (
     column_tiles,
@@ -39,7 +40,11 @@ def neumann_step(
             *(maxiter, rr_out, state_out, residual_sq),
         )
     decision = rr, state, threshold, limit, maxiter, state_out, residual_sq
-    advances = None if all_advance_neumann(*decision) else decide_neumann(*decision)
+    advances: Tensor | list[bool] | None = None
+    if are_few(state):
+        advances = few.decide_neumann(*decision)
+    elif not all_advance_neumann(*decision):
+        advances = decide_neumann(*decision)
     rr_out.zero_()
     scale = alpha.to(x.dtype)[:, None]  # (B, 1)
     for rows in row_groups(x, advances):

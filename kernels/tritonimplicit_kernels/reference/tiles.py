@@ -20,7 +20,9 @@ Rows = slice | Tensor
 _ALL: Final = slice(None)
 
 
-def row_groups(vector: Tensor, wanted: Tensor | None = None, weight: int = 1) -> Iterator[Rows]:
+def row_groups(
+    vector: Tensor, wanted: Tensor | list[bool] | None = None, weight: int = 1
+) -> Iterator[Rows]:
     """Cut the rows of `vector` (B, ld), or those `wanted` (B,), into groups of a tile.
 
     `weight` vectors of each system share the tile. A group is a slice, or indices where the wanted
@@ -28,7 +30,7 @@ def row_groups(vector: Tensor, wanted: Tensor | None = None, weight: int = 1) ->
     """
     batch, ld = vector.shape
     size = max(1, TILE // (weight * ld))
-    wants = None if wanted is None else wanted.tolist()
+    wants = wanted.tolist() if isinstance(wanted, Tensor) else wanted
     if wants is None or all(wants):
         if 0 < batch <= size:
             yield _ALL
@@ -44,14 +46,21 @@ def row_groups(vector: Tensor, wanted: Tensor | None = None, weight: int = 1) ->
 
 def take(rows: Rows, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Index the first dimension: by a slice that is a view, by indices a copy, to be put back."""
-    return tensors if rows is _ALL else tuple(tensor[rows] for tensor in tensors)
+    if rows is _ALL:
+        return tensors
+    if isinstance(rows, Tensor):
+        # Row by row, where indexing goes element by element; a tensor that comes twice once.
+        once = {id(tensor): tensor for tensor in tensors}
+        taken = {key: tensor.index_select(0, rows) for key, tensor in once.items()}
+        return tuple(taken[id(tensor)] for tensor in tensors)
+    return tuple(tensor[rows] for tensor in tensors)
 
 
 def put_back(rows: Rows, tensors: Sequence[Tensor], taken: Sequence[Tensor]) -> None:
     """Write what was taken into `tensors` again, unless it is a view of them."""
     if isinstance(rows, Tensor):
         for tensor, rows_of_it in zip(tensors, taken, strict=True):
-            tensor[rows] = rows_of_it
+            tensor.index_copy_(0, rows, rows_of_it)
 
 
 def write_sums(out: Tensor, rows: Rows, sums: Tensor) -> None:
