@@ -46,6 +46,7 @@ class _LiveStorages(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self.calls = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._bytes = 0  # of `_live`, some of which may have ended since
         self._older: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(
@@ -58,13 +59,17 @@ class _LiveStorages(TorchDispatchMode):
             if not _holds(self._live.get(key)):
                 self._older[key] = reference
         result = func(*args, **kwargs)
-        self._live = {key: kept for key, kept in self._live.items() if _holds(kept)}
         for storage in _storages(result):
             key = storage._cdata
             older = self._older.get(key)
             if older is None or older.expired():
+                _, before = self._live.get(key, (None, 0))
                 self._live[key] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
+                self._bytes += storage.nbytes() - before
+        if self._bytes > self.peak:  # else those that have ended, of many, need not be found
+            self._live = {key: kept for key, kept in self._live.items() if _holds(kept)}
+            self._bytes = sum(size for _, size in self._live.values())
+            self.peak = max(self.peak, self._bytes)
         return result
 
 
