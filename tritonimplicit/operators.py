@@ -48,7 +48,8 @@ class Jacobian:
     solvers that are not ours get the transpose or the matrix that way. Where the Jacobian is known
     to be `symmetric`, as that of a gradient is, both are the cheaper vjp.
 
-    A product raises RuntimeError where `fn` does not depend on x through autograd.
+    A product raises RuntimeError where `fn` does not depend on x through autograd, unless the
+    Jacobian `may_be_zero`.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class Jacobian:
         args: Tensors = (),
         wrt: Sequence[int] = (),
         symmetric: bool = False,
+        may_be_zero: bool = False,
     ):
         self.symmetric = symmetric
+        self._may_be_zero = may_be_zero
         self._x = tuple(t.detach().requires_grad_() for t in x)
         self._args = tuple(t.detach().requires_grad_(i in wrt) for i, t in enumerate(args))
         self._wrt = tuple(wrt)
@@ -98,7 +101,7 @@ class Jacobian:
 
     def _pull(self, u: Tensors, create_graph: bool = False) -> Tensors:
         pulled = _reached(self._y, self._x, u, create_graph)
-        if all(t is None for t in pulled):
+        if not self._may_be_zero and all(t is None for t in pulled):
             raise RuntimeError(
                 "the optimality, or the layer, does not depend on its first argument, the "
                 "solution, through autograd, so that its Jacobian is zero. Was that argument "

@@ -52,11 +52,15 @@ def test_every_update_meets_its_secant_in_float64(update, dtype, backend):
 
 
 @every_update
+@pytest.mark.parametrize("memory", [4, 30])
 @pytest.mark.parametrize("n", [24, 20_000])
-def test_a_samples_iterates_and_inverse_are_the_same_alone(update, n):
-    """Also where it has stopped long before the others, and in rows that BLAS adds up by itself."""
+def test_a_samples_iterates_and_inverse_are_the_same_alone(update, n, memory):
+    """Also where it has stopped long before the others, which begin again with little memory.
+
+    And in rows that BLAS adds up by itself.
+    """
     a, b, f = contraction(samples=4, n=n, dtype=torch.float32)
-    solver = Broyden(batch_ndim=1, update=update, rtol=1e-4, memory=30, maxiter=30)
+    solver = Broyden(batch_ndim=1, update=update, rtol=1e-4, memory=memory, maxiter=30)
     together, inverse = solver.solve_with_inverse(f, torch.zeros_like(b))
     assert len(set(together.iterations.tolist())) > 1
     for i in range(len(b)):

@@ -58,3 +58,8 @@ def test_misuse():
         spectral_radius(torch.sin, torch.ones(1, 2), steps=1)
     with pytest.raises(ValueError, match="the result of f has a leaf of shape"):
         spectral_radius(lambda z: z[:, :1], torch.ones(1, 2))
+
+
+def test_the_radius_of_a_layer_that_does_not_use_z_is_zero() -> None:
+    z = torch.randn(3, 4)
+    assert torch.equal(spectral_radius(torch.ones_like, z), torch.zeros(3, dtype=torch.float64))

@@ -91,12 +91,12 @@ class _QuasiNewton(Successive):
         self._products = z.new_empty(memory, samples, partials, dtype=torch.float64)
         self._coefficients = self._products.new_zeros(samples, memory)
         self._zero = torch.zeros_like(z)
-        self._count = 0
+        self._count = self._most = 0  # updates since the last beginning, and ever
         self._before: tuple[Tensor, Tensor, Tensor] | None = None  # z, r and -H r
 
     def inverse(self) -> InverseJacobian:
         """-H, of the samples whose updates are finite."""
-        k = self._count
+        k = self._most
         finite = [t[:k].isfinite().all(2).all(0) for t in (self._left, self._right)]
         known = (finite[0] & finite[1])[:, None]
         left, right = (torch.where(known, t[:k], 0.0) for t in (self._left, self._right))
@@ -104,14 +104,19 @@ class _QuasiNewton(Successive):
 
     def _next(self) -> Tensor:
         if self._before is not None and self._count == len(self._left):
-            z, residual, _ = self._before
-            self._before = z, residual, residual  # H = -I again
-            self._count = 0
+            self._begin_again(*self._before[:2])
         step = self._product(self._left, self._right, self.residual)
         if self._before is not None:
             step = self._update(step, *self._before)
         self._before = self.z, self.residual, step
         return self.z + step
+
+    def _begin_again(self, z: Tensor, residual: Tensor) -> None:
+        """H = -I for the samples that run."""
+        runs = (self.progress.state_out[0] < 0)[:, None]
+        for vectors in (self._left, self._right):
+            vectors.masked_fill_(runs, 0.0)
+        self._count, self._before = 0, (z, residual, residual)
 
     def _update(self, step: Tensor, z: Tensor, residual: Tensor, step_before: Tensor) -> Tensor:
         """Make H y = s, s the last step and y the change of the residual; return -H r.
@@ -126,10 +131,11 @@ class _QuasiNewton(Successive):
         denominator = kernels.row_dots(right, y)
         # No update where it has no direction: the secant is already met, or cannot be.
         left = lack / column(denominator, lack.dtype)
-        usable = ((denominator != 0) & (self.progress.state_out[0] < 0))[:, None]
-        self._left[j] = torch.where(usable, left, 0.0)
-        self._right[j] = torch.where(usable, right, 0.0)
+        usable, runs = (denominator != 0)[:, None], (self.progress.state_out[0] < 0)[:, None]
+        for kept, update in ((self._left[j], left), (self._right[j], right)):
+            torch.where(runs, torch.where(usable, update, 0.0), kept, out=kept)
         self._count = j + 1
+        self._most = max(self._most, self._count)
         along = kernels.row_dots(self._right[j], self.residual)
         return step - self._left[j] * column(along, step.dtype)
 

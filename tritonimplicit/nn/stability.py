@@ -57,7 +57,7 @@ def spectral_radius(
     def image(point: Tensors, _: Tensors) -> Tensors:
         return tuple(layout.leaves_of(f(optree.tree_unflatten(spec, point)), "the result of f"))
 
-    transposed = Jacobian(image, tuple(leaves)).T
+    transposed = Jacobian(image, tuple(leaves), may_be_zero=True).T
     v, growth = repeated(orthonormal(layout, 1, seed=0)[0], layout), []
     for _ in range(steps):
         moved = transposed(tuple(optree.tree_leaves(layout.unflatten(v))))

@@ -48,7 +48,7 @@ def anderson_dots(
     for out in (row[:count], products[:count], squares):
         out.zero_()
     vectors = image, z, z_before, residual, residuals, moves
-    widened = -(-(count + 3) // WIDENED)
+    widened = -(-(max(2, count) + 3) // WIDENED)
     for rows in row_groups(z, runs, widened):
         spans = _spans(z.shape[1], TILE // widened)
         dots = row_sums(_remember_tile(*vectors, slot, count, beta, rows, span) for span in spans)

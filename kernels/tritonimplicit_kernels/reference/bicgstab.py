@@ -62,8 +62,9 @@ def bicgstab_half_step(
     scale: Tensor | float | None = advances_alone(*scalars, r.dtype)
     if scale is None:
         advances, scale = decide_half(*scalars, r.dtype)
+    v = v.to(r.dtype)
     for rows in row_groups(r, advances):
-        vectors = take(rows, r, v.to(r.dtype))
+        vectors = take(rows, r, v)
         here = scale[rows] if isinstance(scale, Tensor) else scale
         sums = row_sums(_half_update(tile, here) for tile in column_tiles(*vectors))
         write_sums(ss, rows, sums)
@@ -153,9 +154,10 @@ def pbicgstab_step(
         runs, fresh, scales = decide_step(*scalars, x.dtype)
         if not any(fresh.tolist()):
             fresh = None
+    v, t = v.to(x.dtype), t.to(x.dtype)
     for rows in row_groups(x, runs):
         changes = (x, r, p) if fresh is None else (x, r, p, shadow)
-        vectors = take(rows, y, z, v.to(x.dtype), t.to(x.dtype), *changes)
+        vectors = take(rows, y, z, v, t, *changes)
         here = tuple(scale[rows] if isinstance(scale, Tensor) else scale for scale in scales)
         begins = None if fresh is None else fresh[rows]
         sums = row_sums(_update(tile, here, begins) for tile in column_tiles(*vectors))

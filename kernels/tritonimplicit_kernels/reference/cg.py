@@ -61,8 +61,9 @@ def cg_step(
     if scales is None:
         advances, alpha_b, beta_b = decide_cg(*decision)
         scales = alpha_b, beta_b
+    ap = ap.to(x.dtype)
     for rows in row_groups(x, advances):
-        vectors = take(rows, x, r, p, ap.to(x.dtype))
+        vectors = take(rows, x, r, p, ap)
         alpha, beta = (scale[rows] if isinstance(scale, Tensor) else scale for scale in scales)
         tiles = column_tiles(*vectors)
         write_sums(rr_out, rows, row_sums(_update(tile, alpha, beta) for tile in tiles))

@@ -72,8 +72,9 @@ def pcg_step(
     if scales is None:
         advances, alpha_b, beta_b = decide_cg(*decision)
         scales = alpha_b, beta_b
+    ap = ap.to(x.dtype)
     for rows in row_groups(x, advances):
-        vectors = take(rows, x, r, p, ap.to(x.dtype), d)
+        vectors = take(rows, x, r, p, ap, d)
         alpha, beta = (scale[rows] if isinstance(scale, Tensor) else scale for scale in scales)
         tiles = [_update(tile, alpha, beta) for tile in column_tiles(*vectors)]
         for out, sums in zip((rr_out, rz_out), zip(*tiles, strict=True), strict=True):

@@ -465,3 +465,20 @@ def test_a_leaf_of_the_initial_guess_is_the_solvers_own():
 
     x = custom_root(lambda x, a: x - a, argnums=1)(solver)(w, a)
     assert x.tolist() == [1, 1] and a.grad is None
+
+
+def test_a_solver_gets_parameters_as_parameters_and_a_tensor_given_twice_as_one() -> None:
+    seen = []
+
+    @custom_root(lambda x, net, tied: x - net["w"] - tied, argnums=1)
+    def solver(x, net, tied):
+        module = torch.nn.Linear(1, 1)
+        module.weight = net["w"]  # which takes a parameter alone
+        seen.append((net["w"] is net["again"], module.weight.requires_grad))
+        return net["w"].detach() + tied
+
+    w = torch.nn.Parameter(torch.ones(1, 1))
+    x = solver(torch.zeros(1, 1), {"w": w, "again": w}, torch.ones(1, 1))
+    assert seen == [(True, True)]
+    x.sum().backward()
+    assert w.grad.item() == 1

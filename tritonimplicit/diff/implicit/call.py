@@ -132,7 +132,8 @@ class RootCall:
         args, kwargs = self.arguments.build(given)
         tree = tree_unflatten(self._solution_spec, x)
         device = x[0].device
-        before = None if in_trace() else random_states(device)
+        unseen = in_trace() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        before = None if unseen else random_states(device)
         with self.autocast.again():
             residual = self._optimality_fn(tree, *args[1:], **kwargs)
         if before is not None:
@@ -159,9 +160,10 @@ def _warn_of_random_numbers(before: list[Tensor], device: torch.device, wording:
     """Warn if the generators have moved: the solver has seen other numbers, so another function."""
     if not all(map(torch.equal, before, random_states(device))):
         warnings.warn(
-            f"{wording.subject} draws random numbers (dropout in training, for one), in the "
-            "backward pass others than in the solver, so that the gradient is not that of the "
-            "solution. Draw them before the solve and give them as an argument, or call eval(). "
+            f"{wording.subject} draws random numbers (dropout in training, for one). If its value "
+            "depends on them, the backward pass has another function than the solver had, and the "
+            "gradient is wrong: draw them before the solve and give them as an argument, or call "
+            "eval(). "
             "tritonimplicit.nn.DEQ draws one mask for both passes.",
             UserWarning,
             stacklevel=callers_level(),

@@ -37,13 +37,13 @@ def custom_root(
     """Decorate `solver_fn(init, *args) -> x`, which finds x with optimality_fn(x, *args) = 0.
 
     The solver runs without grad, on arguments without a graph: what it differentiates itself, under
-    torch.enable_grad(), adds to no gradient outside. Its result carries the gradient of the root,
-    by the implicit function theorem, into the arguments named by `argnums` and `argnames`; `init`
-    and the other arguments get none. x and those arguments are tensors or pytrees of tensors:
-    tuples, dicts, namedtuples, and classes registered with optree, globally or in the namespace
-    "tritonimplicit". `optimality_fn` takes the solver's arguments with x in the place of `init` and
-    returns a residual of x's structure and shapes. In the backward pass it runs under the autocast
-    of the forward pass.
+    torch.enable_grad(), adds to no gradient outside (but of a leaf that is `init` alone). Its
+    result carries the gradient of the root, by the implicit function theorem, into the arguments
+    named by `argnums` and `argnames`; `init` and the other arguments get none. x and those
+    arguments are tensors or pytrees of tensors: tuples, dicts, namedtuples, and classes registered
+    with optree, globally or in the namespace "tritonimplicit". `optimality_fn` takes the solver's
+    arguments with x in the place of `init` and returns a residual of x's structure and shapes. In
+    the backward pass it runs under the autocast of the forward pass.
 
     Args:
         optimality_fn: the optimality condition, a differentiable function; a fixed point z = f(z)

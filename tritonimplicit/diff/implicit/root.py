@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tritonimplicit.diff.implicit.adjoint import differentiable_root_vjp, root_jvp, root_vjp
 from tritonimplicit.diff.implicit.arguments import PREFIX
@@ -116,15 +116,18 @@ class Root(torch.autograd.Function):
 def _without_graphs(tensors: Tensors, init_count: int) -> Tensors:
     """What the solver gets: a bare `backward()` in it shall add to no gradient outside.
 
-    A leaf of the initial guess alone may be what an optimiser steps on, and stays itself.
+    A leaf of the initial guess alone may be what an optimiser steps on, and stays itself. A
+    parameter stays one, and a tensor that is given twice is one tensor.
     """
     given = set(map(id, tensors[init_count:]))
-    return tuple(
-        t
-        if not t.requires_grad or (i < init_count and t.is_leaf and id(t) not in given)
-        else t.detach().requires_grad_()
-        for i, t in enumerate(tensors)
-    )
+    detached: dict[int, Tensor] = {}
+    for i, t in enumerate(tensors):
+        if t.requires_grad and not (i < init_count and t.is_leaf and id(t) not in given):
+            bare = t.detach()
+            detached[id(t)] = (
+                nn.Parameter(bare) if isinstance(t, nn.Parameter) else bare.requires_grad_()
+            )
+    return tuple(detached.get(id(t), t) for t in tensors)
 
 
 def _pulled(

@@ -160,7 +160,7 @@ def enable_implicit_gradients(cls: type[M]) -> type[M]:
             _: Tensors, __: Tensors, ___: Tensors, snapshot: _Snapshot, /, *args: Any, **kwargs: Any
         ) -> Any:
             module: M = handover.pop()
-            with _gradients_aside(meta):
+            with _gradients_aside(_variables(module)[1]):
                 handover.append(run(module, *args, **kwargs))
             module._take_back()  # run() may have called a parent's `solve` with grad
             snapshot.take(module, names)
