@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,8 +68,8 @@ def measure(name: str, problem: Problem, setting: Setting) -> CaseResult:
         else:
             rows[entry.provider] = admitted.row
             contenders.append(admitted)
-    rows |= {row.provider: row for row in _race(contenders, problem, setting)}
-    product = _product(problem, setting)
+    raced, product = _race(contenders, problem, setting)
+    rows |= {row.provider: row for row in raced}
     ordered = [rows[entry.provider] for entry in problem.entries]
     return CaseResult(
         name=name,
@@ -134,10 +135,12 @@ def _peak(entry: Entry, problem: Problem, setting: Setting) -> tuple[float | Non
     return peak / (problem.vector_bytes or MIB), calls
 
 
-def _race(contenders: Sequence[_Contender], problem: Problem, setting: Setting) -> Iterator[Row]:
-    """Time all in turns, A B A B; the last answer is checked as the first was."""
+def _race(
+    contenders: Sequence[_Contender], problem: Problem, setting: Setting
+) -> tuple[list[Row], float | None]:
+    """Time all in turns, A B A B, and a product; the last answer is checked as the first was."""
     if not contenders:
-        return
+        return [], None
     lap = sum(contender.seconds for contender in contenders)
     affordable = int(0 if setting.quick else SECONDS_PER_CASE / lap)
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, affordable))
@@ -145,21 +148,25 @@ def _race(contenders: Sequence[_Contender], problem: Problem, setting: Setting) 
     entries = {contender.entry.provider: contender.entry for contender in contenders}
 
     def check(provider: str, answer: Tensors) -> None:
-        last[provider] = checked(entries[provider], answer, problem)
+        if provider in entries:
+            last[provider] = checked(entries[provider], answer, problem)
 
     prepared = {provider: entry.prepare for provider, entry in entries.items()}
+    if problem.product is not None:
+        prepared["a product"] = partial(_several, problem.product)
     seconds = in_turns(prepared, setting.device, rounds, check)
+    products = seconds.pop("a product", None)
     times = {
         provider: Times.of([each / problem.repeats for each in taken])
         for provider, taken in seconds.items()
     }
     ours = times[OURS].p50 if OURS in times else None
-    for contender in contenders:
+
+    def row(contender: _Contender) -> Row:
         provider = contender.entry.provider
         if last[provider].remark:
-            yield last[provider]
-            continue
-        yield replace(
+            return last[provider]
+        return replace(
             contender.row,
             median=times[provider].p50,
             p20=times[provider].p20,
@@ -168,26 +175,21 @@ def _race(contenders: Sequence[_Contender], problem: Problem, setting: Setting) 
             rounds=rounds,
         )
 
+    product = None if products is None else Times.of(products).p50 / PRODUCTS
+    return [row(contender) for contender in contenders], product
 
-def _product(problem: Problem, setting: Setting) -> float | None:
-    """Seconds of one product, where the problem has one."""
-    prepare = problem.product
-    if prepare is None:
-        return None
 
-    def several() -> Run:
-        product = prepare()
-        product()
+def _several(prepare: Callable[[], Callable[[], object]]) -> Run:
+    """Products in a row, after one that warms up."""
+    product = prepare()
+    product()
 
-        def run() -> Tensors:
-            for _ in range(PRODUCTS):
-                product()
-            return ()
+    def run() -> Tensors:
+        for _ in range(PRODUCTS):
+            product()
+        return ()
 
-        return run
-
-    seconds = in_turns({"": several}, setting.device, MIN_ROUNDS, lambda *_: None)
-    return Times.of(seconds[""]).p50 / PRODUCTS
+    return run
 
 
 def _judged(goal: Goal, rows: dict[str, Row], product: float | None) -> str:

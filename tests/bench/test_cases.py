@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.case import OURS, Absent, Entry, Setting
+from bench.models import load
 from bench.registry import ABOUT, CASES, select
 from bench.runner import checked
 from bench.solvers import multiply
@@ -46,11 +47,23 @@ def test_the_gate_lets_what_is_right_pass_and_nothing_else(name):
     answer = tuple(t.clone() for t in entry.prepare()())
     right = checked(entry, answer, problem)
     assert right.remark == ""
+    assert right.error < 0.1
     assert right.error <= (entry.tolerance or problem.tolerance) < 1  # the error of nothing done
     wrong = checked(entry, tuple(1.2 * t for t in answer), problem)
     assert wrong.remark.endswith("not timed")
     broken = tuple(torch.full_like(t, torch.nan) for t in answer)
     assert checked(entry, broken, problem).remark.endswith("not timed")
+
+
+def test_a_training_with_a_longer_gradient_or_none_is_wrong():
+    (case,) = select(["deq/training-lm"])
+    problem = case.build(QUICK)
+    (entry,) = (e for e in problem.entries if isinstance(e, Entry) and e.provider == OURS)
+    before = tuple(p.detach() for p in load("lm", QUICK.device).parameters())
+    after = entry.prepare()()
+    for factor, wrong in ((0.0, True), (1.0, False), (1.6, True)):
+        answer = tuple(p + factor * (q - p) for p, q in zip(before, after, strict=True))
+        assert bool(checked(entry, answer, problem).remark) == wrong
 
 
 def test_every_family_is_told_of():
