@@ -211,8 +211,9 @@ def neumann_step(
 def multi_dot(w: Tensor, basis: Tensor, count: int, state: Tensor, products: Tensor) -> None:
     """Write the partial sums of basis[j].w into `products[j]` for j < count = k: k + 1 passes.
 
-    w: (B, ld); basis: (K, B, ld), of which the first `count` vectors are read, of norm 1 or so;
-    state: (2, B) int32; products: (K, B, P) float64, zero for a frozen system.
+    w: (B, ld); basis: (K, B, ld), of which the first `count` vectors are read; state: (2, B) int32;
+    products: (K, B, P) float64, zero for a frozen system. On a CPU the sums are in the vectors'
+    dtype, where those of a basis far from norm 1 may over- or underflow.
 
     Raises TypeError or ValueError for a wrong dtype, shape, device, stride, alignment or count.
     """
