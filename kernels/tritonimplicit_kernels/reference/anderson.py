@@ -14,7 +14,14 @@ from tritonimplicit_kernels.reference.dots import (
     squares,
 )
 from tritonimplicit_kernels.reference.history import less_combination
-from tritonimplicit_kernels.reference.tiles import TILE, Rows, row_groups, write_sums
+from tritonimplicit_kernels.reference.tiles import (
+    TILE,
+    Rows,
+    put_back,
+    row_groups,
+    take,
+    write_sums,
+)
 
 
 def anderson_dots(
@@ -111,9 +118,10 @@ def _remember_tile(
     columns: slice,
 ) -> Tensor:
     """Do a tile of some rows; return its part of the sums, (2 k + 2, R)."""
-    image, z, z_before = (v[rows, columns] for v in (image, z, z_before))
-    # Views of a slice of rows, but copies of scattered ones.
-    last, difference, move = (v[rows, columns] for v in (residual, residuals[slot], moves[slot]))
+    changes = [v[:, columns] for v in (residual, residuals[slot], moves[slot])]
+    image, z, z_before, last, difference, move = take(
+        rows, *(v[:, columns] for v in (image, z, z_before)), *changes
+    )
     # One vector is taken twice: of a single column torch adds up one row otherwise than many.
     room = many(image, max(2, count) + 3)  # (k + 3, R, W)
     now = room[-1].view(z.dtype)[:, : z.shape[1]]
@@ -122,9 +130,7 @@ def _remember_tile(
     last.copy_(now)
     torch.sub(z, z_before, out=move)
     move += difference if beta == 1 else torch.mul(difference, beta, out=now)
-    if isinstance(rows, Tensor):
-        for v, value in ((residual, last), (residuals[slot], difference), (moves[slot], move)):
-            v[rows, columns] = value
+    put_back(rows, changes, (last, difference, move))
     history, pair, own = room[:-3], room[-3:-1], room[-2:]
     history.copy_(residuals[:count, rows, columns])
     for wide, v in zip(room[-3:].unbind(), (difference, last, image), strict=True):
