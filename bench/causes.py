@@ -1,8 +1,10 @@
-"""Why we lose where we lose: what profiles have shown, or presumed (of what XLA compiles)."""
+"""Why we lose where we lose: of `PROFILED` what profiles have shown, else what counts tell."""
 
 from __future__ import annotations
 
 UNKNOWN = "not looked into yet"
+PROFILED = ("hypergradient", "steps", "deq")
+"""Families of which cases were profiled. What XLA compiles was not."""
 
 MEANING = {
     "compiled": "XLA compiles all of it: nothing of Python or of torch's dispatcher between the "

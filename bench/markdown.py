@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.case import OURS
-from bench.causes import MEANING, cause
+from bench.causes import MEANING, PROFILED, cause
 from bench.registry import ABOUT
 from bench.results import CaseResult, Report, Row
 from bench.tables import duration, figures_of, spread
@@ -44,9 +44,7 @@ def page(report: Report, source: str, plots: Sequence[str]) -> str:
         "# Benchmarks",
         f"Written by `python -m bench report` from `{source}`: change nothing here. How to run it "
         "and how an answer is judged is in [bench/README.md](../bench/README.md).",
-        "**A brief run: some of the cases, smaller problems.**"
-        if report.environment["quick"]
-        else "",
+        BRIEF if report.environment["quick"] else "",
         _machine(report),
         "ours/peer is the time of the row named `tritonimplicit` over that of the row at hand: "
         "below 1 we are faster, and it is **bold where we lose**. A wrong answer, or one that does "
@@ -129,6 +127,7 @@ def _losses(report: Report) -> str:
         return ""
     words = dict.fromkeys(row[-1] for row in rows if row[-1] in MEANING)
     legend = [f"- {word}: {MEANING[word]}" for word in words]
+    legend += ["", f"Profiled: cases of {', '.join(PROFILED)}. The others' causes are presumed."]
     return "\n".join([table(("case", "peer", "ours/peer", "cause"), rows), "", *legend])
 
 

@@ -102,7 +102,7 @@ def _admit(entry: Entry | Absent, problem: Problem, setting: Setting) -> _Conten
     if isinstance(entry, Absent):
         return Row(entry.provider, remark=entry.reason)
     try:
-        row = checked(entry, entry.prepare()(), problem)
+        row = _told(entry, entry.prepare()(), problem)
         if row.remark:
             return row
         seconds, answer = timed(entry.prepare(), setting.device)
@@ -112,6 +112,12 @@ def _admit(entry: Entry | Absent, problem: Problem, setting: Setting) -> _Conten
     except Exception as error:  # a provider that fails is a row of the table, not its end
         return Row(entry.provider, remark=f"failed: {type(error).__name__}: {error}"[:200])
     return _Contender(entry, replace(row, peak=peak, calls=calls, matvecs=matvecs), seconds)
+
+
+def _told(entry: Entry, answer: Tensors, problem: Problem) -> Row:
+    """The gate's row, and what else is to be told of the answer: once, for that may be dear."""
+    figures = entry.figures(answer) if entry.figures else {}
+    return replace(checked(entry, answer, problem), figures=figures)
 
 
 def checked(entry: Entry, answer: Tensors, problem: Problem) -> Row:
@@ -124,7 +130,6 @@ def checked(entry: Entry, answer: Tensors, problem: Problem) -> Row:
         entry.provider,
         error=error,
         remark="" if right else f"{wrong}: not timed",
-        figures=entry.figures(answer) if entry.figures else {},
     )
 
 
@@ -165,7 +170,7 @@ def _race(
     def row(contender: _Contender) -> Row:
         provider = contender.entry.provider
         if last[provider].remark:
-            return last[provider]
+            return replace(last[provider], figures=contender.row.figures)
         return replace(
             contender.row,
             median=times[provider].p50,
