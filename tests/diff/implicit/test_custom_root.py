@@ -467,6 +467,23 @@ def test_a_leaf_of_the_initial_guess_is_the_solvers_own():
     assert x.tolist() == [1, 1] and a.grad is None
 
 
+def test_an_optimiser_that_steps_on_a_guess_which_is_an_argument_too_is_noticed():
+    a = torch.full((2,), 3.0, requires_grad=True)
+    a.grad = torch.ones(2)
+    optimiser = torch.optim.SGD([a], lr=1.0)
+
+    def solver(x, a):
+        optimiser.zero_grad()
+        with torch.enable_grad():
+            x.square().sum().backward()
+        optimiser.step()
+        return x
+
+    with pytest.raises(RuntimeError, match="pass a clone of it"):
+        custom_root(lambda x, a: x - a.square(), argnums=1)(solver)(a, a)
+    assert a.grad.tolist() == [1, 1]
+
+
 def test_a_solver_gets_parameters_as_parameters_and_a_tensor_given_twice_as_one() -> None:
     seen = []
 

@@ -12,6 +12,7 @@ from tritonimplicit.diff.implicit.adjoint import differentiable_root_vjp, root_j
 from tritonimplicit.diff.implicit.arguments import PREFIX
 from tritonimplicit.diff.implicit.call import RootProblem
 from tritonimplicit.diff.implicit.closures import warn_of_hidden_leaves
+from tritonimplicit.diff.implicit.gradients_aside import gradients_aside
 from tritonimplicit.linear_solve.family import Dims
 from tritonimplicit.linear_solve.solve import MaybeTensors, batch_first, replace_at
 from tritonimplicit.operators import Tensors
@@ -36,9 +37,11 @@ class Root(torch.autograd.Function):
         """Run the solver; autograd has switched grad off."""
         if in_trace():
             return problem.trace(tensors)
-        fixed = [t for t in tensors[problem.call.arguments.init_count :] if not t.is_inference()]
+        init_count = problem.call.arguments.init_count
+        fixed = [t for t in tensors[init_count:] if not t.is_inference()]
         versions = [t._version for t in fixed]
-        solution, aux = problem.run(_without_graphs(tensors, problem.call.arguments.init_count))
+        with gradients_aside(tensors[init_count:]):
+            solution, aux = problem.run(_without_graphs(tensors, init_count))
         if [t._version for t in fixed] != versions:
             raise RuntimeError(
                 f"{PREFIX} the solver changed an argument in place that the optimality depends on, "
@@ -116,13 +119,13 @@ class Root(torch.autograd.Function):
 def _without_graphs(tensors: Tensors, init_count: int) -> Tensors:
     """What the solver gets: a bare `backward()` in it shall add to no gradient outside.
 
-    A leaf of the initial guess alone may be what an optimiser steps on, and stays itself. A
-    parameter stays one, and a tensor that is given twice is one tensor.
+    A leaf of the initial guess may be what an optimiser steps on, and stays itself. A parameter
+    stays one, and a tensor that is given twice is one tensor.
     """
-    given = set(map(id, tensors[init_count:]))
+    guess = {id(t) for t in tensors[:init_count] if t.is_leaf}
     detached: dict[int, Tensor] = {}
-    for i, t in enumerate(tensors):
-        if t.requires_grad and not (i < init_count and t.is_leaf and id(t) not in given):
+    for t in tensors:
+        if t.requires_grad and id(t) not in guess:
             bare = t.detach()
             detached[id(t)] = (
                 nn.Parameter(bare) if isinstance(t, nn.Parameter) else bare.requires_grad_()

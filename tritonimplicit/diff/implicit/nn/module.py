@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from tritonimplicit.diff.implicit.closures import Wording
 from tritonimplicit.diff.implicit.decorator import check_solve, custom_root
+from tritonimplicit.diff.implicit.gradients_aside import gradients_aside
 from tritonimplicit.diff.implicit.nn.meta import MetaGradientModule
 from tritonimplicit.diff.implicit.nn.replica import replicate
 from tritonimplicit.diff.implicit.nn.solved import SolvedModule
@@ -148,7 +148,7 @@ def enable_implicit_gradients(cls: type[M]) -> type[M]:
         self._take_back()
         names, meta = _variables(self)
         if not torch.is_grad_enabled():
-            with _gradients_aside(meta):
+            with gradients_aside(meta):
                 output = run(self, *args, **kwargs)
             self._take_back()
             return output
@@ -160,7 +160,7 @@ def enable_implicit_gradients(cls: type[M]) -> type[M]:
             _: Tensors, __: Tensors, ___: Tensors, snapshot: _Snapshot, /, *args: Any, **kwargs: Any
         ) -> Any:
             module: M = handover.pop()
-            with _gradients_aside(_variables(module)[1]):
+            with gradients_aside(_variables(module)[1]):
                 handover.append(run(module, *args, **kwargs))
             module._take_back()  # run() may have called a parent's `solve` with grad
             snapshot.take(module, names)
@@ -176,20 +176,6 @@ def enable_implicit_gradients(cls: type[M]) -> type[M]:
     solve.implicit_gradients_enabled = True  # type: ignore[attr-defined]
     cls.solve = solve  # type: ignore[assignment, method-assign]
     return cls
-
-
-@contextlib.contextmanager
-def _gradients_aside(tensors: Tensors) -> Iterator[None]:
-    """Leave the gradients of leaves as they are: a bare `backward()` in a `solve` adds to all."""
-    leaves = [t for t in tensors if t.is_leaf]
-    kept = [t.grad for t in leaves]
-    for leaf in leaves:
-        leaf.grad = None  # autograd may add in place
-    try:
-        yield
-    finally:
-        for leaf, gradient in zip(leaves, kept, strict=True):
-            leaf.grad = gradient
 
 
 class _Snapshot:
