@@ -102,15 +102,24 @@ class Layout:
         `into` returns a (B, ld) buffer whose padding is zero. Raises as `leaves_of` does.
         """
         leaves = self.leaves_of(tree, name)
+        rows = self.in_place(leaves)
+        return self._fill(into(), leaves) if rows is None else rows
+
+    def in_place(self, leaves: list[Tensor]) -> Tensor | None:
+        """(B, ld), to be read only, where one leaf is all that there is; else None."""
         if len(leaves) == 1 and self.n == self.ld and _readable(leaves[0], self.dtype):
             return leaves[0].detach().view(self.systems, self.ld)
-        return self._fill(into(), leaves)
+        return None
 
     def unflatten(self, rows: Tensor) -> TensorTree:
         """The (B, ld) buffer's leaves as a pytree: views of it, but for leaves of another dtype."""
+        return self.tree(self.views(rows))
+
+    def tree(self, views: list[Tensor]) -> TensorTree:
+        """The `views` of a (B, ld) buffer as a pytree, those of another dtype converted."""
         leaves = [
-            view if dtype is rows.dtype else view.to(dtype)
-            for view, dtype in zip(self._views(rows), self.dtypes, strict=True)
+            view if view.dtype is dtype else view.to(dtype)
+            for view, dtype in zip(views, self.dtypes, strict=True)
         ]
         return optree.tree_unflatten(self.spec, leaves)
 
@@ -161,10 +170,10 @@ class Layout:
 
     def _fill(self, rows: Tensor, leaves: list[Tensor]) -> Tensor:
         # One call for all of them, on a GPU one launch.
-        torch._foreach_copy_(self._views(rows), [leaf.detach() for leaf in leaves])
+        torch._foreach_copy_(self.views(rows), [leaf.detach() for leaf in leaves])
         return rows
 
-    def _views(self, rows: Tensor) -> list[Tensor]:
+    def views(self, rows: Tensor) -> list[Tensor]:
         """The leaves of the (B, ld) buffer, as views of it.
 
         By strides: a slice and a view would be two calls a leaf, which cost more than small leaves.

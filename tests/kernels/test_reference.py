@@ -26,7 +26,7 @@ from tritonimplicit_kernels.reference.dots import LONG
 from tritonimplicit_kernels.reference.tiles import TILE
 
 TARGET = Target(reference, "cpu")
-# Rows of one chunk or several, one or several a tile, longer than a tile; tails of every kind.
+# Short rows and long ones, one or several a tile, longer than a tile; tails of every kind.
 LENGTHS = [16, 48, 1008, 16384, 16400, 40000, 70000]
 
 

@@ -170,3 +170,25 @@ def test_a_forced_backend_is_never_replaced_in_silence():
 
 def test_the_status_enum_is_public():
     assert ti.Status(6) is ti.Status.NON_FINITE
+
+
+def test_what_a_matvec_does_to_its_argument_does_not_reach_the_next_product():
+    """Views of a vector are kept from product to product, as long as they are as they were."""
+    diagonal = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    b = torch.ones(3, dtype=torch.float64)
+
+    def by_backward(v):
+        with torch.enable_grad():
+            (0.5 * (diagonal * v.requires_grad_()).mul(v).sum()).backward()
+        return v.grad
+
+    def rebinding(v):
+        v.data = diagonal * v
+        return v.detach().clone()
+
+    def emptying(v):
+        return {"x": diagonal * v.pop("x")}
+
+    for matvec in (by_backward, rebinding):
+        torch.testing.assert_close(CG(rtol=1e-12)(matvec, b), b / diagonal)
+    torch.testing.assert_close(CG(rtol=1e-12)(emptying, {"x": b})["x"], b / diagonal)

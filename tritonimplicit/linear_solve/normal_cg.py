@@ -8,6 +8,7 @@ from typing import Any
 
 import optree
 import torch
+from torch import Tensor
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import TensorTree
@@ -49,7 +50,9 @@ class NormalCG(FusedSolver):
         rmatvec = transpose(matvec, like=b)
 
         def normal(v: TensorTree) -> TensorTree:
-            return rmatvec(refuse_gradient(matvec(v)))
+            av = matvec(v)
+            refuse_gradient([t for t in optree.tree_leaves(av) if isinstance(t, Tensor)])
+            return rmatvec(av)
 
         apply = RowMatvec(normal, layout, self._ridge_rows(layout))
         # Copied: an operator may use one buffer for all its results.

@@ -44,15 +44,21 @@ class Progress:
         """Remember the residual norms for a log; a frozen system's are its last."""
         if self._norms is not None:
             runs = self.state[0] < 0
-            self._norms.append(torch.where(runs, self.rr.sum(1), self.residual_sq).sqrt())
+            self._norms.append(torch.where(runs, self.total, self.residual_sq).sqrt())
+
+    @property
+    def total(self) -> Tensor:
+        """(B,) the sums of `rr`, to be read only; zero for a frozen system."""
+        return self.rr.squeeze(1) if self.rr.shape[1] == 1 else self.rr.sum(1)
 
     def any_running(self) -> Tensor:
-        """0-dim bool: whether a system is above its threshold (a frozen one's sums are zero)."""
-        return (self.rr.sum(1) > self.threshold).any()
+        """0-dim bool: whether a system is above its threshold."""
+        above = self.total > self.threshold
+        return above.squeeze(0) if above.shape[0] == 1 else above.any()
 
     def settle(self) -> None:
         """Give the systems that no launch has stopped the status that the next one would."""
-        status, rr = self.state[0], self.rr.sum(1)
+        status, rr = self.state[0], self.total
         running = status < 0
         self.residual_sq = torch.where(running, rr, self.residual_sq)
         status.masked_fill_(running, codes.MAX_ITERATIONS)
@@ -61,8 +67,7 @@ class Progress:
 
     def stop(self, systems: Tensor, status: int) -> None:
         """Stop those of `systems` (B,) bool that still may iterate, for what the host knows."""
-        rr = self.rr.sum(1)
-        self.residual_sq = torch.where(systems, rr, self.residual_sq)
+        self.residual_sq = torch.where(systems, self.total, self.residual_sq)
         self.rr.masked_fill_(systems[:, None], 0.0)
         self.state[0].masked_fill_(systems, status)
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import optree
 import torch
 from torch import Tensor
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import Status, TensorTree
 from tritonimplicit.operators import Matvec
-from tritonimplicit.torch_internals import is_transformed
+from tritonimplicit.torch_internals import is_transformed, transforms_active
 from tritonimplicit.vectors import Layout
 
 
@@ -48,22 +48,26 @@ class RowMatvec:
         self.matvec = matvec
         self.ridge = ridge
         self._name = name
+        self._argument = _KeptViews(layout)
         self._out: Tensor | None = None
+        self._out_views: list[Tensor] = []
         self._tables: kernels.LeafTables | None = None
         self._leaves: list[Tensor] = []
 
     def __call__(self, v: Tensor) -> Tensor:
         """A v + ridge v."""
-        result = self._result(v)
-        rows = self.layout.gather(result, self._buffer, f"the result of {self._name}")
+        leaves = self._result(v)
+        rows = self.layout.in_place(leaves)
+        if rows is None:
+            rows = self._buffer()
+            torch._foreach_copy_(self._out_views, leaves)  # on a GPU one launch
+        elif self.ridge is None and share_memory(rows, v):
+            # An identity hands v back, and v changes while the result is read.
+            return self._buffer().copy_(rows)
         if isinstance(self.ridge, Tensor):
             return torch.addcmul(rows, v, self.ridge, out=self._buffer())
         if self.ridge is not None:
             return torch.add(rows, v, alpha=self.ridge, out=self._buffer())
-        if share_memory(
-            rows, v
-        ):  # an identity hands v back, and v changes while the result is read
-            return self._buffer().copy_(rows)
         return rows
 
     def twin(self) -> RowMatvec:
@@ -96,10 +100,9 @@ class RowMatvec:
         """A v + ridge v in the pieces that `product` reads it from: rows, or leaves (B, size)."""
         if self._tables is None:
             return [self(v)]
-        leaves = self.layout.leaves_of(self._result(v), f"the result of {self._name}")
         return [
             _in_place(leaf.detach().reshape(self.layout.systems, size), v)
-            for leaf, size in zip(leaves, self.layout.sizes, strict=True)
+            for leaf, size in zip(self._result(v), self.layout.sizes, strict=True)
         ]
 
     def joined(self, parts: list[Tensor]) -> Tensor:
@@ -120,20 +123,45 @@ class RowMatvec:
         """b - (A x + ridge x)."""
         return torch.sub(b, self(x), out=self._buffer())
 
-    def _result(self, v: Tensor) -> TensorTree:
+    def _result(self, v: Tensor) -> list[Tensor]:
         version = None if v.is_inference() else v._version
-        result = refuse_gradient(self.matvec(self.layout.unflatten(v)), self._name)
+        result = self.matvec(self._argument.tree(v))
+        leaves = self.layout.leaves_of(result, f"the result of {self._name}")
+        refuse_gradient(leaves, self._name)
         if version is not None and v._version != version:
             raise RuntimeError(
                 f"{self._name} changed its argument in place, which is the solver's own vector: "
                 "return a new tensor."
             )
-        return result
+        return leaves
 
     def _buffer(self) -> Tensor:
         if self._out is None:
             self._out = self.layout.zeros()
+            self._out_views = self.layout.views(self._out)
         return self._out
+
+
+class _KeptViews:
+    """The leaves of the last (B, ld) buffer, for the next product with the same one."""
+
+    def __init__(self, layout: Layout):
+        self._layout = layout
+        self._rows: Tensor | None = None
+        self._views: list[Tensor] = []
+        self._addresses: list[int] = []
+
+    def tree(self, rows: Tensor) -> TensorTree:
+        """`Layout.unflatten`; what a user has done to a leaf's autograd or `.data` is undone."""
+        if transforms_active():  # which wrap every view anew
+            return self._layout.unflatten(rows)
+        if rows is not self._rows or any(
+            view.requires_grad or view.grad is not None or view.data_ptr() != address
+            for view, address in zip(self._views, self._addresses, strict=True)
+        ):
+            self._rows, self._views = rows, self._layout.views(rows)
+            self._addresses = [view.data_ptr() for view in self._views]
+        return self._layout.tree(self._views)
 
 
 def largest(v: Tensor) -> Tensor:
@@ -144,17 +172,15 @@ def largest(v: Tensor) -> Tensor:
     return size
 
 
-def refuse_gradient(result: TensorTree, name: str = "the matvec") -> TensorTree:
-    """Return the result of `name`, or raise RuntimeError if a gradient would be lost by it."""
-    tensors = [t for t in optree.tree_leaves(result) if isinstance(t, Tensor)]
-    if any(is_transformed(t) for t in tensors):
+def refuse_gradient(leaves: Sequence[Tensor], name: str = "the matvec") -> None:
+    """Raise RuntimeError if a gradient would be lost by what `name` has returned."""
+    if any(is_transformed(t) for t in leaves):
         raise hidden_derivative()
-    if any(t.requires_grad for t in tensors):
+    if any(t.requires_grad for t in leaves):
         raise RuntimeError(
             f"the result of {name} requires grad, and `solver.solve` is not differentiated: "
             "`solver(matvec, b)` is; or call it under torch.no_grad()."
         )
-    return result
 
 
 def hidden_derivative() -> RuntimeError:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tritonimplicit_kernels.reference import few
-from tritonimplicit_kernels.reference.common import all_advance_arnoldi
 from tritonimplicit_kernels.reference.dots import row_squares
 from tritonimplicit_kernels.reference.few import are_few
 from tritonimplicit_kernels.reference.history import (
@@ -21,6 +20,7 @@ from tritonimplicit_kernels.reference.history import (
     write_running,
 )
 from tritonimplicit_kernels.reference.rules import decide_arnoldi
+from tritonimplicit_kernels.reference.tiles import total
 
 
 def multi_dot(w: Tensor, basis: Tensor, count: int, state: Tensor, products: Tensor) -> None:
@@ -67,13 +67,13 @@ def arnoldi_step(
     more = _folded(second, count)
     h, g = _folded(first, count) + more, left[:, :count]  # (B, count)
     # Pythagoras, as the basis is orthonormal: the second projection takes away next to nothing.
-    rest_sq = (_total(ww) - more.square().sum(1)).clamp_min_(0)
+    rest_sq = (total(ww) - more.square().sum(1)).clamp_min_(0)
     size_sq = h.square().sum(1).add_(rest_sq)
     dot, left_sq = (g * h).sum(1), g.square().sum(1)
     negligible = size_sq * (10 * torch.finfo(w.dtype).eps) ** 2
     grows = rest_sq > negligible  # else the Krylov space is invariant
     singular = (rest_sq <= negligible) & (dot.square() <= negligible * left_sq)
-    decision = _total(rr), state, threshold, maxiter, state_out, residual_sq
+    decision = total(rr), state, threshold, maxiter, state_out, residual_sq
     advances, rows = _decide(size_sq, grows, singular, *decision)
     entry = rest_sq.sqrt()
     growth = -dot / (entry if rows is advances else entry.masked_fill(~grows, 1.0))
@@ -109,8 +109,6 @@ def _decide(
         all_grow = all(g for g, a in zip(grows.tolist(), advance, strict=True) if a)
         if all_grow:
             return advances, advances
-    elif state.device.type == "cpu" and all_advance_arnoldi(size_sq, grows, *decision):
-        return None, None
     else:
         advances = decide_arnoldi(size_sq, singular, *decision)
     return advances, grows if advances is None else advances & grows
@@ -128,14 +126,9 @@ def _write_next(
         _write(basis[count], rows, rest)
 
 
-def _total(partials: Tensor) -> Tensor:
-    """Return the sums (..., B) of partial sums (..., B, P)."""
-    return partials.select(-1, 0) if partials.shape[-1] == 1 else partials.sum(-1)
-
-
 def _folded(partials: Tensor, count: int) -> Tensor:
     """Return the sums (B, count) of the first of the partial sums (K, B, P)."""
-    return _total(partials[:count]).T.contiguous()
+    return total(partials[:count]).T.contiguous()
 
 
 def _write(v: Tensor, rows: Tensor | None, value: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonimplicit_kernels.reference import plain
+from tritonimplicit_kernels.reference import few, plain
 from tritonimplicit_kernels.reference.bicgstab_common import advances_alone, goes_on_alone
 from tritonimplicit_kernels.reference.bicgstab_rules import decide_half, decide_step
 from tritonimplicit_kernels.reference.dots import products, row_sums, scratch, squares, widen
@@ -23,7 +23,7 @@ def bicgstab_dots(shadow: Tensor, v: Tensor, state: Tensor, shadow_dots: Tensor)
     if shadow.device.type != "cpu":
         return plain.bicgstab_dots(shadow, v, state, shadow_dots)
     shadow_dots.zero_()
-    for rows in row_groups(shadow, state[0] < 0):
+    for rows in row_groups(shadow, few.running(state)):
         tiles = column_tiles(*take(rows, shadow, v))
         write_sums(shadow_dots, rows, row_sums(_shadow_products(*tile) for tile in tiles))
     return None
@@ -86,7 +86,7 @@ def bicgstab_half_dots(
     if s.device.type != "cpu":
         return plain.bicgstab_half_dots(shadow, s, t, state, half_dots)
     half_dots.zero_()
-    for rows in row_groups(s, state[0] < 0):
+    for rows in row_groups(s, few.running(state)):
         tiles = column_tiles(*take(rows, shadow, s, t))
         write_sums(half_dots, rows, row_sums(_half_products(*tile) for tile in tiles))
     return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tritonimplicit_kernels import status
-from tritonimplicit_kernels.reference.common import go_on
+from tritonimplicit_kernels.reference.few import go_on
 
 
 def advances_alone(

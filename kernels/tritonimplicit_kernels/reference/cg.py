@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonimplicit_kernels.reference import plain
-from tritonimplicit_kernels.reference.common import all_advance_cg
+from tritonimplicit_kernels.reference import few, plain
 from tritonimplicit_kernels.reference.dots import products, row_sums, scratch, squares, widen
 from tritonimplicit_kernels.reference.rules import decide_cg
 from tritonimplicit_kernels.reference.tiles import (
@@ -23,7 +22,7 @@ def cg_dots(p: Tensor, ap: Tensor, state: Tensor, dots: Tensor) -> None:
     if p.device.type != "cpu":
         return plain.cg_dots(p, ap, state, dots)
     dots.zero_()
-    for rows in row_groups(p, state[0] < 0):
+    for rows in row_groups(p, few.running(state)):
         tiles = column_tiles(*take(rows, p, ap))
         write_sums(dots, rows, row_sums(_products(*tile) for tile in tiles))
     return None
@@ -57,10 +56,8 @@ def cg_step(
         )
     decision = dots, rr, rr, state, threshold, maxiter, state_out, residual_sq, x.dtype
     rr_out.zero_()
-    advances, scales = None, all_advance_cg(*decision)
-    if scales is None:
-        advances, alpha_b, beta_b = decide_cg(*decision)
-        scales = alpha_b, beta_b
+    decide = few.decide_cg if few.are_few(state) else decide_cg
+    advances, *scales = decide(*decision)
     ap = ap.to(x.dtype)
     for rows in row_groups(x, advances):
         vectors = take(rows, x, r, p, ap)

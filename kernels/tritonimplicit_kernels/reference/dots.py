@@ -1,7 +1,8 @@
 """Sums along rows, in float64 and in an order that only the row's length decides.
 
-Rows are added up many at once, in chunks too short for torch to split among threads; each tile of
-a long row by BLAS, in memory that always begins at a multiple of 64 bytes; tiles in their order.
+Rows are added up many at once while they are too short for torch to split one among threads; each
+tile of a long row by BLAS, in memory that always begins at a multiple of 64 bytes; tiles in their
+order.
 """
 
 from __future__ import annotations
@@ -16,12 +17,8 @@ from torch import Tensor
 
 from tritonimplicit_kernels.reference.tiles import TILE, column_tiles, row_groups, take
 
-SHORT: Final = 2048
-"""Elements of a row that is added up at once: in one thread, whatever the other rows."""
-CHUNK: Final = 512
-"""Elements of longer rows that are added up at once."""
 LONG: Final = 2**15
-"""Elements of a row from which BLAS, a call a row, is faster."""
+"""Elements from which torch splits the sum of a single row among threads, and not those of many."""
 WIDENED: Final = 4
 """Widened tiles for which a thread has room."""
 _ALIGNMENT: Final = 8
@@ -93,7 +90,7 @@ def widen(tile: Tensor, room: Tensor) -> Tensor:
 
 def products(a: Tensor, b: Tensor, room: Tensor) -> Tensor:
     """Return a.b of each row of widened tiles as (R,); `room` may be where `a` lies."""
-    return _blas(a, b) if a.shape[1] >= LONG else _sums(torch.mul(a, b, out=room))
+    return _blas(a, b) if a.shape[1] >= LONG else torch.mul(a, b, out=room).sum(-1)
 
 
 def squares(a: Tensor) -> Tensor:
@@ -101,7 +98,8 @@ def squares(a: Tensor) -> Tensor:
     if a.shape[1] >= LONG:
         return _blas(a, a)
     # The norm reads once what a product and its sum would read and write twice.
-    return _by_chunk(lambda part: torch.linalg.vector_norm(part, dim=-1).square_(), a)
+    norms: Tensor = torch.linalg.vector_norm(a, dim=-1)
+    return norms.square_()
 
 
 def weighted_squares(a: Tensor, weights: Tensor, room: Scratch) -> Tensor:
@@ -114,22 +112,7 @@ def weighted_squares(a: Tensor, weights: Tensor, room: Scratch) -> Tensor:
 
 
 def _blas(a: Tensor, b: Tensor) -> Tensor:
-    sums = [torch.dot(x, y).tolist() for x, y in zip(a.unbind(), b.unbind(), strict=True)]
-    return torch.tensor(sums, dtype=torch.float64, device="cpu")
-
-
-def _sums(a: Tensor) -> Tensor:
-    return _by_chunk(lambda part: part.sum(-1), a)
-
-
-def _by_chunk(sums: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:
-    """Return `sums` along the last dimension of `a` (..., W), a chunk of it at a time."""
-    width = a.shape[-1]
-    if width <= SHORT:
-        return sums(a)
-    whole = width // CHUNK * CHUNK
-    total = sums(a[..., :whole].unflatten(-1, (-1, CHUNK))).sum(-1)
-    return total if whole == width else total.add_(sums(a[..., whole:]))
+    return torch.stack([torch.dot(x, y) for x, y in zip(a.unbind(), b.unbind(), strict=True)])
 
 
 def row_sums(tiles: Iterable[Tensor]) -> Tensor:

@@ -14,15 +14,61 @@ import torch
 from torch import Tensor
 
 from tritonimplicit_kernels import status
-from tritonimplicit_kernels.reference.common import go_on
+from tritonimplicit_kernels.reference.tiles import total
 
 MOST: Final = 128
 """Systems for which lists of floats take as long as torch's calls."""
+_ONE_ITERATION: Final = torch.tensor([[0], [1]], dtype=torch.int32, device="cpu")
 
 
 def are_few(state: Tensor) -> bool:
     """Whether `state` (2, B) is of systems for which this is the way."""
     return state.device.type == "cpu" and 0 < state.shape[1] <= MOST
+
+
+def running(state: Tensor) -> list[bool]:
+    """Which systems run, read by the host."""
+    if are_few(state):
+        return [code < 0 for code in state.tolist()[0]]
+    runs: list[bool] = (state[0] < 0).tolist()
+    return runs
+
+
+def decide_cg(
+    dots: Tensor,
+    rr: Tensor,
+    rz: Tensor,
+    state: Tensor,
+    threshold: Tensor,
+    maxiter: int,
+    state_out: Tensor,
+    residual_sq: Tensor,
+    dtype: torch.dtype,
+) -> tuple[list[bool], Tensor | float, Tensor | float]:
+    """Settle the state; return which systems advance, and alpha and beta.
+
+    These are floats of a single system, and else (B, 1) in `dtype`.
+    """
+    rr_b = total(rr)  # (B,)
+    seen, iterations = state.tolist()
+    residuals, tolerances = rr_b.tolist(), threshold.tolist()
+    energies = residuals if rz is rr else total(rz).tolist()
+    curvatures, squares = total(dots).tolist()
+    eps = torch.finfo(dtype).eps
+    numbers = zip(residuals, tolerances, energies, curvatures, squares, strict=True)
+    codes = [
+        _cg_code(code, count, *number, maxiter, eps)
+        for code, count, number in zip(seen, iterations, numbers, strict=True)
+    ]
+    advances = _settle(codes, seen, iterations, rr_b, state, state_out, residual_sq)
+    scales = [
+        _cg_scales(*number) if runs else (0.0, 0.0)
+        for runs, *number in zip(advances, energies, curvatures, squares, strict=True)
+    ]
+    if len(scales) == 1:
+        return advances, *scales[0]
+    both = torch.tensor(scales, dtype=torch.float64, device="cpu").to(dtype)  # (B, 2)
+    return advances, both[:, :1], both[:, 1:]
 
 
 def decide_neumann(
@@ -35,7 +81,7 @@ def decide_neumann(
     residual_sq: Tensor,
 ) -> list[bool]:
     """Settle the state; return which systems advance."""
-    rr_b = rr.sum(-1)  # (B,)
+    rr_b = total(rr)  # (B,)
     seen, iterations = state.tolist()
     numbers = zip(rr_b.tolist(), threshold.tolist(), limit.tolist(), strict=True)
     codes = [
@@ -63,6 +109,42 @@ def decide_arnoldi(
         for code, count, number in zip(seen, iterations, numbers, strict=True)
     ]
     return _settle(codes, seen, iterations, rr, state, state_out, residual_sq)
+
+
+def _cg_code(
+    seen: int,
+    iterations: int,
+    rr: float,
+    threshold: float,
+    rz: float,
+    pap: float,
+    apmap: float,
+    maxiter: int,
+    eps: float,
+) -> int:
+    """Say what a system turns to; the first rule that holds wins."""
+    if seen >= 0:
+        return seen
+    if not rr < math.inf:
+        return status.NON_FINITE
+    if rr <= threshold:
+        return status.CONVERGED
+    if iterations >= maxiter:
+        return status.MAX_ITERATIONS
+    if not (abs(pap) < math.inf and abs(apmap) < math.inf and abs(rz) < math.inf):
+        return status.NON_FINITE
+    if rz <= 0 or apmap < 0:
+        return status.PRECONDITIONER
+    if abs(pap) <= math.sqrt(rz) * math.sqrt(apmap) * eps:
+        return status.BREAKDOWN
+    code = status.RUNNING_POSITIVE if pap > 0 else status.RUNNING_NEGATIVE
+    return code if seen in (status.RUNNING, code) else status.INDEFINITE
+
+
+def _cg_scales(rz: float, pap: float, apmap: float) -> tuple[float, float]:
+    """Return alpha and beta."""
+    alpha = rz / pap
+    return alpha, max(alpha * alpha * apmap - rz, 0.0) / rz
 
 
 def _neumann_code(
@@ -121,3 +203,9 @@ def _settle(
     state_out.copy_(torch.tensor([codes, done], dtype=torch.int32, device="cpu"))
     torch.where(state[0] < 0, rr, residual_sq, out=residual_sq)
     return advances
+
+
+def go_on(rr: Tensor, state: Tensor, state_out: Tensor, residual_sq: Tensor) -> None:
+    """Settle the state of systems that all advance; `rr` is (B,)."""
+    residual_sq.copy_(rr)
+    torch.add(state, _ONE_ITERATION, out=state_out)

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from tritonimplicit_kernels.reference import few, plain
-from tritonimplicit_kernels.reference.common import all_advance_neumann
 from tritonimplicit_kernels.reference.dots import row_sums, scratch, squares, widen
-from tritonimplicit_kernels.reference.few import are_few
 from tritonimplicit_kernels.reference.rules import decide_neumann
 from tritonimplicit_kernels.reference.tiles import (
     column_tiles,
@@ -39,12 +37,8 @@ def neumann_step(
             *(x, ax, b, alpha, rr, state, threshold, limit),
             *(maxiter, rr_out, state_out, residual_sq),
         )
-    decision = rr, state, threshold, limit, maxiter, state_out, residual_sq
-    advances: Tensor | list[bool] | None = None
-    if are_few(state):
-        advances = few.decide_neumann(*decision)
-    elif not all_advance_neumann(*decision):
-        advances = decide_neumann(*decision)
+    decide = few.decide_neumann if few.are_few(state) else decide_neumann
+    advances = decide(rr, state, threshold, limit, maxiter, state_out, residual_sq)
     rr_out.zero_()
     scale = alpha.to(x.dtype)[:, None]  # (B, 1)
     for rows in row_groups(x, advances):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonimplicit_kernels.reference import plain
-from tritonimplicit_kernels.reference.common import all_advance_cg
+from tritonimplicit_kernels.reference import few, plain
 from tritonimplicit_kernels.reference.dots import (
     products,
     row_sums,
@@ -30,7 +29,7 @@ def pcg_dots(p: Tensor, ap: Tensor, d: Tensor, state: Tensor, dots: Tensor) -> N
     if p.device.type != "cpu":
         return plain.pcg_dots(p, ap, d, state, dots)
     dots.zero_()
-    for rows in row_groups(p, state[0] < 0):
+    for rows in row_groups(p, few.running(state)):
         tiles = column_tiles(*take(rows, p, ap, d))
         write_sums(dots, rows, row_sums(_products(*tile) for tile in tiles))
     return None
@@ -68,10 +67,8 @@ def pcg_step(
     decision = dots, rr, rz, state, threshold, maxiter, state_out, residual_sq, x.dtype
     rr_out.zero_()
     rz_out.zero_()
-    advances, scales = None, all_advance_cg(*decision)
-    if scales is None:
-        advances, alpha_b, beta_b = decide_cg(*decision)
-        scales = alpha_b, beta_b
+    decide = few.decide_cg if few.are_few(state) else decide_cg
+    advances, *scales = decide(*decision)
     ap = ap.to(x.dtype)
     for rows in row_groups(x, advances):
         vectors = take(rows, x, r, p, ap, d)

@@ -72,6 +72,11 @@ def write_sums(out: Tensor, rows: Rows, sums: Tensor) -> None:
         first[..., rows] = sums
 
 
+def total(partials: Tensor) -> Tensor:
+    """Return the sums (...) of partial sums (..., P)."""
+    return partials.select(-1, 0) if partials.shape[-1] == 1 else partials.sum(-1)
+
+
 def column_tiles(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Cut (R, ld) vectors alike along their columns, into views of a tile where R is one."""
     if vectors[0].shape[1] <= TILE:
