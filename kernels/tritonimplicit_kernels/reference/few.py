@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tritonimplicit_kernels import status
+from tritonimplicit_kernels.reference.rules import cg_scales
 from tritonimplicit_kernels.reference.tiles import total
 
 MOST: Final = 128
@@ -49,26 +50,21 @@ def decide_cg(
 
     These are floats of a single system, and else (B, 1) in `dtype`.
     """
-    rr_b = total(rr)  # (B,)
-    seen, iterations = state.tolist()
+    rr_b, (pap, apmap) = total(rr), total(dots)  # (B,) each
+    rz_b = rr_b if rz is rr else total(rz)
+    (seen, iterations), eps = state.tolist(), torch.finfo(dtype).eps
     residuals, tolerances = rr_b.tolist(), threshold.tolist()
-    energies = residuals if rz is rr else total(rz).tolist()
-    curvatures, squares = total(dots).tolist()
-    eps = torch.finfo(dtype).eps
-    numbers = zip(residuals, tolerances, energies, curvatures, squares, strict=True)
-    codes = [
-        _cg_code(code, count, *number, maxiter, eps)
-        for code, count, number in zip(seen, iterations, numbers, strict=True)
-    ]
+    energies, curvatures, squares = rz_b.tolist(), pap.tolist(), apmap.tolist()
+    systems = zip(
+        *(seen, iterations, residuals, tolerances, energies, curvatures, squares), strict=True
+    )
+    codes = [_cg_code(maxiter, eps, *system) for system in systems]
     advances = _settle(codes, seen, iterations, rr_b, state, state_out, residual_sq)
-    scales = [
-        _cg_scales(*number) if runs else (0.0, 0.0)
-        for runs, *number in zip(advances, energies, curvatures, squares, strict=True)
-    ]
-    if len(scales) == 1:
-        return advances, *scales[0]
-    both = torch.tensor(scales, dtype=torch.float64, device="cpu").to(dtype)  # (B, 2)
-    return advances, both[:, :1], both[:, 1:]
+    if len(codes) > 1:
+        return advances, *cg_scales(rz_b, pap, apmap, dtype)
+    if not advances[0]:
+        return advances, 0.0, 0.0
+    return advances, *_cg_scales(energies[0], curvatures[0], squares[0])
 
 
 def decide_neumann(
@@ -83,11 +79,9 @@ def decide_neumann(
     """Settle the state; return which systems advance."""
     rr_b = total(rr)  # (B,)
     seen, iterations = state.tolist()
-    numbers = zip(rr_b.tolist(), threshold.tolist(), limit.tolist(), strict=True)
-    codes = [
-        _neumann_code(code, count, *number, maxiter)
-        for code, count, number in zip(seen, iterations, numbers, strict=True)
-    ]
+    residuals, tolerances, limits = rr_b.tolist(), threshold.tolist(), limit.tolist()
+    systems = zip(seen, iterations, residuals, tolerances, limits, strict=True)
+    codes = [_neumann_code(maxiter, *system) for system in systems]
     return _settle(codes, seen, iterations, rr_b, state, state_out, residual_sq)
 
 
@@ -103,15 +97,17 @@ def decide_arnoldi(
 ) -> list[bool]:
     """Settle the state; return which systems advance."""
     seen, iterations = state.tolist()
-    numbers = zip(rr.tolist(), threshold.tolist(), size_sq.tolist(), singular.tolist(), strict=True)
-    codes = [
-        _arnoldi_code(code, count, *number, maxiter)
-        for code, count, number in zip(seen, iterations, numbers, strict=True)
-    ]
+    residuals, tolerances = rr.tolist(), threshold.tolist()
+    systems = zip(
+        *(seen, iterations, residuals, tolerances, size_sq.tolist(), singular.tolist()), strict=True
+    )
+    codes = [_arnoldi_code(maxiter, *system) for system in systems]
     return _settle(codes, seen, iterations, rr, state, state_out, residual_sq)
 
 
 def _cg_code(
+    maxiter: int,
+    eps: float,
     seen: int,
     iterations: int,
     rr: float,
@@ -119,8 +115,6 @@ def _cg_code(
     rz: float,
     pap: float,
     apmap: float,
-    maxiter: int,
-    eps: float,
 ) -> int:
     """Say what a system turns to; the first rule that holds wins."""
     if seen >= 0:
@@ -148,7 +142,7 @@ def _cg_scales(rz: float, pap: float, apmap: float) -> tuple[float, float]:
 
 
 def _neumann_code(
-    seen: int, iterations: int, rr: float, threshold: float, limit: float, maxiter: int
+    maxiter: int, seen: int, iterations: int, rr: float, threshold: float, limit: float
 ) -> int:
     """Say what a system turns to; the first rule that holds wins."""
     if seen >= 0:
@@ -163,13 +157,13 @@ def _neumann_code(
 
 
 def _arnoldi_code(
+    maxiter: int,
     seen: int,
     iterations: int,
     rr: float,
     threshold: float,
     size_sq: float,
     singular: bool,
-    maxiter: int,
 ) -> int:
     """Say what a system turns to; the first rule that holds wins."""
     if seen >= 0:
