@@ -309,7 +309,8 @@ def anderson_dots(
     of r.r and image.image into `squares`.
 
     image, z, z_before, residual: (B, ld); residuals, moves: (K, B, ld); state: (2, B) int32; row,
-    products: (K, B, P); squares: (2, B, P). A frozen sample keeps all vectors; its sums are zero.
+    products: (K, B, P); squares: (2, B, P). Of a frozen sample the sums are zero, and what is
+    remembered may be anything.
 
     Raises TypeError or ValueError for a wrong dtype, shape, device, stride, alignment or count.
     """

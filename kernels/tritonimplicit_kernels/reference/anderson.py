@@ -42,7 +42,7 @@ def anderson_dots(
     """Remember the last differences of each running sample, and write the dots of all."""
     runs = state[0] < 0
     if z.device.type != "cpu":
-        _remember_plainly(*(image, z, z_before, residual, residuals[slot], moves[slot], beta, runs))
+        _remember_plainly(image, z, z_before, residual, residuals[slot], moves[slot], beta)
         history = residuals[:count].unbind()
         sums = [[row_dots(u, v) for u in history] for v in (residuals[slot], residual)]
         for out, values in zip((row, products), sums, strict=True):
@@ -56,12 +56,17 @@ def anderson_dots(
         out.zero_()
     vectors = image, z, z_before, residual, residuals, moves
     widened = -(-(max(2, count) + 3) // WIDENED)
-    for rows in row_groups(z, runs, widened):
+    running = sum(runs.tolist())
+    # To pick scattered rows, and to put them back, costs as much again as what is done with them.
+    for rows in row_groups(z, runs if 2 * running < len(runs) else None, widened):
         spans = _spans(z.shape[1], TILE // widened)
         dots = row_sums(_remember_tile(*vectors, slot, count, beta, rows, span) for span in spans)
         write_sums(row[:count], rows, dots[:count])
         write_sums(products[:count], rows, dots[count : 2 * count])
         write_sums(squares, rows, dots[2 * count :])
+    if running < len(runs):
+        for out in (row[:count], products[:count], squares):
+            out.masked_fill_(~runs[:, None], 0.0)
 
 
 def anderson_mix(
@@ -95,13 +100,11 @@ def _remember_plainly(
     difference: Tensor,
     move: Tensor,
     beta: float,
-    runs: Tensor,
 ) -> None:
     now = image - z
-    change = now - residual
-    step = (z - z_before) + beta * change
-    for v, value in ((residual, now), (difference, change), (move, step)):
-        torch.where(runs[:, None], value, v, out=v)
+    torch.sub(now, residual, out=difference)
+    residual.copy_(now)
+    torch.add(z - z_before, beta * difference, out=move)
 
 
 def _remember_tile(
