@@ -9,9 +9,8 @@ from torch import Tensor
 
 import tritonimplicit_kernels as kernels
 from tritonimplicit.fixed_point.base import FixedPointSolver
-from tritonimplicit.fixed_point.iteration import Iteration
+from tritonimplicit.fixed_point.iteration import Evaluations, Iteration
 from tritonimplicit.linear_solve.base import check_choice, check_count, check_real
-from tritonimplicit.linear_solve.rows import RowMatvec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +43,14 @@ class Anderson(FixedPointSolver):
         if self.beta == 0:
             raise ValueError("beta must not be zero: z would stay in the span of its differences.")
 
-    def _iteration(self, f: RowMatvec, z: Tensor) -> Iteration:
+    def _iteration(self, f: Evaluations, z: Tensor) -> Iteration:
         return _Mixing(self, f, z)
 
 
 class _Mixing(Iteration):
     """`_residuals[j]` is a column of dR, `_moves[j]` that of dZ + beta dR; `_gram` is dR^T dR."""
 
-    def __init__(self, solver: Anderson, f: RowMatvec, z: Tensor):
+    def __init__(self, solver: Anderson, f: Evaluations, z: Tensor):
         self._beta = float(solver.beta)
         m = max(1, min(solver.m, solver.maxiter - 1))
         samples, ld = z.shape

@@ -22,7 +22,7 @@ from tritonimplicit.diagnostics import (
     report_failures,
     statuses_in,
 )
-from tritonimplicit.fixed_point.iteration import Iteration
+from tritonimplicit.fixed_point.iteration import Evaluations, Iteration
 from tritonimplicit.linear_solve.base import (
     check_choice,
     check_count,
@@ -31,7 +31,7 @@ from tritonimplicit.linear_solve.base import (
     check_tolerance,
 )
 from tritonimplicit.linear_solve.loop import SMALLEST, iterate
-from tritonimplicit.linear_solve.rows import RowMatvec, largest
+from tritonimplicit.linear_solve.rows import largest
 from tritonimplicit.solve_log import record
 from tritonimplicit.torch_internals import is_transformed
 from tritonimplicit.vectors import Layout
@@ -159,16 +159,15 @@ class FixedPointSolver(abc.ABC):
         layout = Layout.of(z0, self.batch_ndim, "z0")
         _refuse_transforms(z0)
         with torch.no_grad():
-            rows = _Evaluations(_plain(f), layout, name="f")
+            rows = Evaluations(_plain(f), layout, name="f")
             iteration = self._iteration(rows, layout.flatten(z0, "z0"))
             iterate(self, iteration, self.maxiter)
-            assert rows.image is not None  # an iteration begins with an evaluation
             solution = self._solution(iteration, layout, rows.image)
         record(solution)
         return solution, iteration
 
     @abc.abstractmethod
-    def _iteration(self, f: RowMatvec, z: Tensor) -> Iteration:
+    def _iteration(self, f: Evaluations, z: Tensor) -> Iteration:
         """The method at z (B, ld)."""
 
     def _solution(self, iteration: Iteration, layout: Layout, image: Tensor) -> Solution:
@@ -208,17 +207,6 @@ def _unjudged(iteration: Iteration) -> Tensor | None:
         return None
     size = largest(iteration.residual)
     return (size > 0) & (size < SMALLEST) & (iteration.progress.threshold < SMALLEST**2)
-
-
-class _Evaluations(RowMatvec):
-    """f on rows, which keeps its last image."""
-
-    image: Tensor | None = None
-
-    def __call__(self, v: Tensor) -> Tensor:
-        self.image = None  # not beside the next one
-        self.image = image = super().__call__(v)
-        return image
 
 
 def _plain(f: Map) -> Map:

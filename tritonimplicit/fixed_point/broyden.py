@@ -10,10 +10,9 @@ from torch import Tensor
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import Solution, TensorTree
 from tritonimplicit.fixed_point.base import FixedPointSolver, Map
-from tritonimplicit.fixed_point.iteration import Iteration, Successive
+from tritonimplicit.fixed_point.iteration import Evaluations, Iteration, Successive
 from tritonimplicit.linear_solve.base import check_choice, check_count
 from tritonimplicit.linear_solve.plain import column, full_precision, normalised
-from tritonimplicit.linear_solve.rows import RowMatvec
 from tritonimplicit.vectors import Layout
 
 
@@ -49,7 +48,7 @@ class Broyden(FixedPointSolver):
         assert isinstance(iteration, _QuasiNewton)
         return solution, iteration.inverse()
 
-    def _iteration(self, f: RowMatvec, z: Tensor) -> Iteration:
+    def _iteration(self, f: Evaluations, z: Tensor) -> Iteration:
         return _QuasiNewton(self, f, z)
 
 
@@ -79,7 +78,7 @@ class InverseJacobian:
 class _QuasiNewton(Successive):
     """H = -I + sum over j of _left[j] _right[j]^T; a frozen sample's stays as it is."""
 
-    def __init__(self, solver: Broyden, f: RowMatvec, z: Tensor):
+    def __init__(self, solver: Broyden, f: Evaluations, z: Tensor):
         super().__init__(solver, f, z)
         self._good = solver.update == "good"
         memory = max(1, min(solver.memory, solver.maxiter))
@@ -109,7 +108,7 @@ class _QuasiNewton(Successive):
         if self._before is not None:
             step = self._update(step, *self._before)
         self._before = self.z, self.residual, step
-        return self.z + step
+        return self._rounded(self.z + step)
 
     def _begin_again(self, z: Tensor, residual: Tensor) -> None:
         """H = -I for the samples that run."""

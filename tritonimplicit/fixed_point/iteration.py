@@ -18,6 +18,24 @@ if TYPE_CHECKING:
     from tritonimplicit.fixed_point.base import FixedPointSolver
 
 
+class Evaluations(RowMatvec):
+    """f on rows, which keeps its last image, to be read only."""
+
+    _image: Tensor | None = None
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """f(v)."""
+        self._image = None  # not beside the next one
+        self._image = image = super().__call__(v)
+        return image
+
+    @property
+    def image(self) -> Tensor:
+        """What the last evaluation has returned."""
+        assert self._image is not None  # an iteration begins with one
+        return self._image
+
+
 class Iteration(abc.ABC):
     """z (B, ld) and residual f(z) - z; `best` has had the least residual norm, `best_norm` (B,).
 
@@ -25,7 +43,7 @@ class Iteration(abc.ABC):
     frozen sample other than z may turn to anything.
     """
 
-    def __init__(self, solver: FixedPointSolver, f: RowMatvec, z: Tensor):
+    def __init__(self, solver: FixedPointSolver, f: Evaluations, z: Tensor):
         self._solver, self._f, self.z = solver, f, z
         dtypes = f.layout.dtypes
         self._eps = max(torch.finfo(dtype).eps for dtype in dtypes)
@@ -79,8 +97,8 @@ class Successive(Iteration):
     """An iteration whose next z is a new tensor."""
 
     def _move(self, advances: Tensor) -> None:
-        self.z = torch.where(advances[:, None], self._rounded(self._next()), self.z)
+        self.z = torch.where(advances[:, None], self._next(), self.z)
 
     @abc.abstractmethod
     def _next(self) -> Tensor:
-        """The next z (B, ld), from `z` and `residual`."""
+        """The next z (B, ld), from `z` and `residual`, rounded as f sees it."""

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tritonimplicit.fixed_point.base import FixedPointSolver
-from tritonimplicit.fixed_point.iteration import Iteration, Successive
-from tritonimplicit.linear_solve.rows import RowMatvec
+from tritonimplicit.fixed_point.iteration import Evaluations, Iteration, Successive
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picard(FixedPointSolver):
     """z <- f(z), which converges where f is a contraction, and keeps no vectors besides z."""
 
-    def _iteration(self, f: RowMatvec, z: Tensor) -> Iteration:
+    def _iteration(self, f: Evaluations, z: Tensor) -> Iteration:
         return _Plain(self, f, z)
 
 
 class _Plain(Successive):
     def _next(self) -> Tensor:
-        return self.z + self.residual
+        return self._f.image
