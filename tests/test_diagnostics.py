@@ -35,6 +35,8 @@ def test_converged_is_zero_and_every_status_has_advice():
 def test_the_statuses_that_occur():
     assert statuses_in(solution(0, INDEFINITE, 0).status) == {ti.Status.CONVERGED, INDEFINITE}
     assert statuses_in(torch.tensor(MAXITER, dtype=torch.int32)) == {MAXITER}
+    for status in ti.Status:
+        assert statuses_in(solution(status, status).status) == {status}
 
 
 def test_one_warning_for_each_status_that_is_not_expected():

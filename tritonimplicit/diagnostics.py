@@ -139,9 +139,7 @@ TOLD_BY: Final = "`solver.solve(matvec, b)`, or tritonimplicit.record_solves(),"
 
 def statuses_in(status: Tensor) -> frozenset[Status]:
     """The statuses that occur in `status`; the host reads the device once."""
-    codes_of_all = torch.tensor(list(Status), dtype=status.dtype).to(
-        status.device, non_blocking=True
-    )
+    codes_of_all = torch.arange(len(Status), dtype=status.dtype, device=status.device)
     present = (status.flatten() == codes_of_all[:, None]).any(1).tolist()
     return frozenset(code for code, occurs in zip(Status, present, strict=True) if occurs)
 

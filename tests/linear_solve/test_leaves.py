@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tritonimplicit_kernels as kernels
+from tritonimplicit import custom_root
 from tritonimplicit.linear_solve import CG, BiCGSTAB, Jacobi, Neumann, NormalCG
 from tritonimplicit.linear_solve.bicgstab import _Twice
 from tritonimplicit.linear_solve.rows import RowMatvec
@@ -272,3 +273,51 @@ def test_a_replayed_graph_reads_what_each_product_leaves(solver):
         got = asked.solve(matvec, b)
         assert torch.equal(got.iterations, expected.iterations)
         assert all(map(torch.equal, got.value, expected.value))
+
+
+@pytest.mark.gpu
+def test_a_replayed_graph_keeps_a_result_that_the_next_product_writes_over():
+    """BiCGSTAB has two products an iteration, here in one buffer."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    b = tuple(torch.randn(s, generator=generator, device="cuda") for s in [(300, 401), (7,)])
+    solver = BiCGSTAB(rtol=0.0, maxiter=24, on_failure="ignore")
+    buffers = tuple(torch.empty_like(leaf) for leaf in b)
+
+    def fresh(v):
+        return tuple(scale(leaf) * leaf for leaf in v)
+
+    def in_one_buffer(v):
+        return tuple(torch.mul(scale(x), x, out=out) for x, out in zip(v, buffers, strict=True))
+
+    expected = solver.solve(fresh, b)
+    got = dataclasses.replace(solver, cuda_graph=True, check_every=4).solve(in_one_buffer, b)
+    assert torch.equal(got.iterations, expected.iterations)
+    assert all(map(torch.equal, got.value, expected.value))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_backward_pass_in_graphs(solver):
+    """The products that are captured are replays of autograd's."""
+    shapes = [(40, 25), (7,)]
+    theta = tuple(torch.ones(s, device="cuda", requires_grad=True) for s in shapes)
+
+    def optimality(x, theta):
+        return tuple(scale(a) * a + 0.1 * a**3 - b for a, b in zip(x, theta, strict=True))
+
+    def newton(x, theta):
+        for _ in range(30):
+            x = tuple(
+                a - (scale(a) * a + 0.1 * a**3 - b) / (scale(a) + 0.3 * a**2)
+                for a, b in zip(x, theta, strict=True)
+            )
+        return x
+
+    def gradients(**fields):
+        solve = dataclasses.replace(solver, rtol=0.0, maxiter=24, on_failure="ignore", **fields)
+        root = custom_root(optimality, argnums=1, solve=solve)(newton)
+        start = tuple(torch.zeros_like(t) for t in theta)
+        return torch.autograd.grad(sum(t.square().sum() for t in root(start, theta)), theta)
+
+    expected, got = gradients(), gradients(cuda_graph=True, check_every=4)
+    assert all(map(torch.equal, got, expected))
