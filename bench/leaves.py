@@ -34,7 +34,13 @@ def copied(trial: Trial, count: int) -> Callable[[], Tensor]:
     leaves = leaves_of(trial, count)
     layout = Layout.of(leaves)
     rows = layout.zeros()
-    return lambda: layout.gather(leaves, lambda: rows, "the leaves")
+    views = layout.views(rows)
+
+    def copy() -> Tensor:
+        torch._foreach_copy_(views, leaves)
+        return rows
+
+    return copy
 
 
 def in_place(trial: Trial, count: int) -> Callable[[], Tensor]:

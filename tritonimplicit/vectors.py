@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -96,14 +95,14 @@ class Layout:
         """Copy `tree` into a new (B, ld) buffer. Raises as `leaves_of` does."""
         return self._fill(self.zeros(), self.leaves_of(tree, name))
 
-    def gather(self, tree: TensorTree, into: Callable[[], Tensor], name: str) -> Tensor:
-        """`tree` as (B, ld), to be read only: in place where its one leaf fits, else in `into()`.
+    def gather(self, tree: TensorTree, name: str) -> Tensor:
+        """`tree` as (B, ld), to be read only: in place where its one leaf fits, else a copy.
 
-        `into` returns a (B, ld) buffer whose padding is zero. Raises as `leaves_of` does.
+        Raises as `leaves_of` does.
         """
         leaves = self.leaves_of(tree, name)
         rows = self.in_place(leaves)
-        return self._fill(into(), leaves) if rows is None else rows
+        return self._fill(self.zeros(), leaves) if rows is None else rows
 
     def in_place(self, leaves: list[Tensor]) -> Tensor | None:
         """(B, ld), to be read only, where one leaf is all that there is; else None."""

@@ -78,6 +78,13 @@ def test_a_nonlinear_map(solver):
     torch.testing.assert_close(z.item(), 0.739085133215160641655, rtol=0, atol=1e-12)
 
 
+def test_picards_next_iterate_is_the_image_itself():
+    """z + (f(z) - z) would be rounded twice; and an f may have one buffer for all results."""
+    buffer = torch.empty(1)
+    solution = Picard().solve(lambda z: buffer.fill_(0.1), torch.tensor([1e8]))
+    assert solution.iterations == 1 and torch.equal(solution.value, torch.tensor([0.1]))
+
+
 @accelerated
 def test_a_map_on_which_picard_diverges(solver):
     scale = torch.tensor([[-5.0, -3.0, -2.0, 0.5], [3.0, 0.1, -4.0, 2.0]], dtype=DOUBLE)

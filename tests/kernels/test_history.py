@@ -278,7 +278,9 @@ def test_anderson_mixes_as_the_oracle(
 
 
 @pytest.mark.parametrize("frozen", [[0, 2, 3], [3], [0, 3]])
-def test_a_frozen_sample_is_kept(target: Target, frozen: list[int]) -> None:
+def test_a_frozen_sample_stays_where_it_is_and_adds_nothing(
+    target: Target, frozen: list[int]
+) -> None:
     step = anderson(5, 300, torch.float32)
     runs = [b for b in range(5) if b not in frozen]
     step.state[0, frozen] = torch.tensor([0, 1, 6], dtype=torch.int32)[: len(frozen)]

@@ -1,9 +1,13 @@
 """Bad settings and bad input get an error that says what is wrong."""
 
+import functools
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import tritonimplicit as ti
+from tritonimplicit.fixed_point import Picard
 from tritonimplicit.linear_solve import (
     CG,
     Dense,
@@ -172,23 +176,58 @@ def test_the_status_enum_is_public():
     assert ti.Status(6) is ti.Status.NON_FINITE
 
 
-def test_what_a_matvec_does_to_its_argument_does_not_reach_the_next_product():
-    """Views of a vector are kept from product to product, as long as they are as they were."""
-    diagonal = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+DIAGONAL = torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
+
+
+def by_backward(v):
+    with torch.enable_grad():
+        (0.5 * v.requires_grad_() @ DIAGONAL @ v).backward()
+    return v.grad
+
+
+def with_hooks(v):
+    with torch.enable_grad():
+        v.requires_grad_().register_hook(lambda g: DIAGONAL @ g)
+        (product,) = torch.autograd.grad(0.5 * v @ v, v)
+    v.requires_grad_(False)
+    return product
+
+
+def rebinding(v):
+    v.data = DIAGONAL @ v
+    return v.detach().clone()
+
+
+@functools.lru_cache(maxsize=4)
+def memoised(v):
+    return DIAGONAL @ v
+
+
+@pytest.mark.parametrize("matvec", [by_backward, with_hooks, rebinding, memoised])
+def test_what_a_matvec_does_to_its_argument_does_not_reach_the_next_product(matvec):
     b = torch.ones(3, dtype=torch.float64)
+    solution = CG(rtol=1e-12).solve(matvec, b)
+    assert solution.status == ti.Status.CONVERGED
+    torch.testing.assert_close(solution.value, b / DIAGONAL.diagonal())
 
-    def by_backward(v):
-        with torch.enable_grad():
-            (0.5 * (diagonal * v.requires_grad_()).mul(v).sum()).backward()
-        return v.grad
 
-    def rebinding(v):
-        v.data = diagonal * v
-        return v.detach().clone()
+def test_what_a_matvec_does_to_its_arguments_structure_does_not_reach_the_next_product():
+    b = torch.ones(2, 2, dtype=torch.float64)
 
-    def emptying(v):
-        return {"x": diagonal * v.pop("x")}
+    def transposing(tree):
+        v = tree.pop("v")
+        v.data = v.data.t()
+        return {"v": (torch.arange(1.0, 5).view(2, 2).double() * v.t()).clone()}
 
-    for matvec in (by_backward, rebinding):
-        torch.testing.assert_close(CG(rtol=1e-12)(matvec, b), b / diagonal)
-    torch.testing.assert_close(CG(rtol=1e-12)(emptying, {"x": b})["x"], b / diagonal)
+    value = CG(rtol=1e-12)(transposing, {"v": b})["v"]
+    torch.testing.assert_close(value, 1 / torch.arange(1.0, 5).view(2, 2).double())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which a dual level calls
+@pytest.mark.parametrize("n", [5, 16])  # which is copied, and which is read where it lies
+@pytest.mark.parametrize("solve", [CG().solve, NormalCG().solve, Picard().solve])
+def test_a_tangent_that_would_be_lost_is_an_error(solve, n):
+    with forward_ad.dual_level():
+        scale = forward_ad.make_dual(torch.full((n,), 0.5), torch.ones(n))
+        with pytest.raises(RuntimeError, match="forward-mode AD"):
+            solve(lambda v: scale * v, torch.ones(n))

@@ -33,7 +33,7 @@ from tritonimplicit.linear_solve.base import (
 from tritonimplicit.linear_solve.loop import SMALLEST, iterate
 from tritonimplicit.linear_solve.rows import largest
 from tritonimplicit.solve_log import record
-from tritonimplicit.torch_internals import is_transformed
+from tritonimplicit.torch_internals import has_tangent, is_transformed
 from tritonimplicit.vectors import Layout
 from tritonimplicit_kernels import status as codes
 
@@ -221,9 +221,11 @@ def _plain(f: Map) -> Map:
 
 
 def _refuse_transforms(tree: TensorTree) -> None:
-    if any(isinstance(t, Tensor) and is_transformed(t) for t in optree.tree_leaves(tree)):
+    tensors = [t for t in optree.tree_leaves(tree) if isinstance(t, Tensor)]
+    if any(is_transformed(t) or has_tangent(t) for t in tensors):
         raise RuntimeError(
-            "a fixed-point solver cannot see through a torch.func transform. In the place of vmap, "
-            "give a batch and batch_ndim; for a derivative, call it in a function decorated by "
-            "tritonimplicit.custom_fixed_point, with what f depends on as arguments."
+            "a fixed-point solver cannot see through a torch.func transform, or forward-mode AD. "
+            "In the place of vmap, give a batch and batch_ndim; for a derivative, call it in a "
+            "function decorated by tritonimplicit.custom_fixed_point, with what f depends on as "
+            "arguments."
         )

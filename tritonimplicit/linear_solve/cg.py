@@ -35,7 +35,7 @@ class CG(FusedSolver):
 
     def _solve_rows(self, matvec: Matvec, b: TensorTree, layout: Layout) -> RowSolution:
         apply = RowMatvec(matvec, layout, self._ridge_rows(layout))
-        return conjugate_gradient(self, apply, layout.gather(b, layout.zeros, "b"))
+        return conjugate_gradient(self, apply, layout.gather(b, "b"))
 
 
 def conjugate_gradient(solver: FusedSolver, apply: RowMatvec, b: Tensor) -> RowSolution:

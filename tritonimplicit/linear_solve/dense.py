@@ -43,7 +43,7 @@ class Dense(LinearSolver):
 
     def _solve_rows(self, matvec: Matvec, b: TensorTree, layout: Layout) -> RowSolution:
         apply = RowMatvec(matvec, layout, self._ridge_rows(layout))
-        rhs = layout.gather(b, layout.zeros, "b")
+        rhs = layout.gather(b, "b")
         elements = layout.elements()
         matrix, y = _materialise(apply, elements), rhs[:, elements]
         solved, failed = (_cholesky if self.positive_definite else _lu)(matrix, y)

@@ -61,7 +61,7 @@ class GMRES(IterativeSolver):
     def _solve_rows(self, matvec: Matvec, b: TensorTree, layout: Layout) -> RowSolution:
         apply = RowMatvec(matvec, layout, self._ridge_rows(layout))
         precondition = row_preconditioner(self.M, apply)
-        rhs = layout.gather(b, layout.zeros, "b")
+        rhs = layout.gather(b, "b")
         return solve_and_verify(self, _Arnoldi(self, apply, rhs, precondition))
 
 

@@ -59,7 +59,7 @@ class Neumann(FusedSolver):
 
     def _solve_rows(self, matvec: Matvec, b: TensorTree, layout: Layout) -> RowSolution:
         apply = RowMatvec(matvec, layout, self._ridge_rows(layout))
-        recurrence = _Richardson(self, apply, layout.gather(b, layout.zeros, "b"))
+        recurrence = _Richardson(self, apply, layout.gather(b, "b"))
         rows = solve_and_verify(self, recurrence, always=True)
         # Short of the kernel's limit, a residual above that of the start has diverged all the same.
         if rows.present is not None and Status.MAX_ITERATIONS not in rows.present:

@@ -61,7 +61,7 @@ class NormalCG(FusedSolver):
         # Where A^T b is zero, or too small for its digits, zero solves the normal equations and
         # says nothing of A x = b: A is singular, or the products underflow.
         smallest = torch.finfo(layout.dtype).tiny * layout.n
-        given = kernels.row_norms(layout.gather(b, layout.zeros, "b")) > 0
+        given = kernels.row_norms(layout.gather(b, "b")) > 0
         vanished = given & (kernels.row_norms(rhs) <= smallest)
         rows.status.masked_fill_(vanished & (rows.status == codes.CONVERGED), codes.BREAKDOWN)
         return dataclasses.replace(rows, present=None)

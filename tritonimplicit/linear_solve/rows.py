@@ -12,7 +12,7 @@ from torch import Tensor
 import tritonimplicit_kernels as kernels
 from tritonimplicit.diagnostics import Status, TensorTree
 from tritonimplicit.operators import Matvec
-from tritonimplicit.torch_internals import is_transformed, transforms_active
+from tritonimplicit.torch_internals import has_tangent, is_transformed
 from tritonimplicit.vectors import Layout
 
 
@@ -60,7 +60,7 @@ class RowMatvec:
         rows = self.layout.in_place(leaves)
         if rows is None:
             rows = self._buffer()
-            torch._foreach_copy_(self._out_views, leaves)  # on a GPU one launch
+            torch._foreach_copy_(self._out_views, leaves)
         elif self.ridge is None and share_memory(rows, v):
             # An identity hands v back, and v changes while the result is read.
             return self._buffer().copy_(rows)
@@ -149,19 +149,12 @@ class _KeptViews:
         self._layout = layout
         self._rows: Tensor | None = None
         self._views: list[Tensor] = []
-        self._addresses: list[int] = []
 
     def tree(self, rows: Tensor) -> TensorTree:
-        """`Layout.unflatten`; what a user has done to a leaf's autograd or `.data` is undone."""
-        if transforms_active():  # which wrap every view anew
-            return self._layout.unflatten(rows)
-        if rows is not self._rows or any(
-            view.requires_grad or view.grad is not None or view.data_ptr() != address
-            for view, address in zip(self._views, self._addresses, strict=True)
-        ):
+        """`Layout.unflatten`, in tensors of this call alone, whatever a user does with them."""
+        if rows is not self._rows:
             self._rows, self._views = rows, self._layout.views(rows)
-            self._addresses = [view.data_ptr() for view in self._views]
-        return self._layout.tree(self._views)
+        return self._layout.tree([view.detach() for view in self._views])
 
 
 def largest(v: Tensor) -> Tensor:
@@ -174,7 +167,7 @@ def largest(v: Tensor) -> Tensor:
 
 def refuse_gradient(leaves: Sequence[Tensor], name: str = "the matvec") -> None:
     """Raise RuntimeError if a gradient would be lost by what `name` has returned."""
-    if any(is_transformed(t) for t in leaves):
+    if any(is_transformed(t) or has_tangent(t) for t in leaves):
         raise hidden_derivative()
     if any(t.requires_grad for t in leaves):
         raise RuntimeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tritonimplicit_kernels.reference import few
 from tritonimplicit_kernels.reference.dots import (
     WIDENED,
     many,
@@ -39,12 +40,12 @@ def anderson_dots(
     products: Tensor,
     squares: Tensor,
 ) -> None:
-    """Remember the last differences of each running sample, and write the dots of all."""
-    runs = state[0] < 0
+    """Remember the last differences, and write the dots: of a frozen sample anything, and zero."""
     if z.device.type != "cpu":
         _remember_plainly(image, z, z_before, residual, residuals[slot], moves[slot], beta)
         history = residuals[:count].unbind()
         sums = [[row_dots(u, v) for u in history] for v in (residuals[slot], residual)]
+        runs = state[0] < 0
         for out, values in zip((row, products), sums, strict=True):
             out[:count] = 0
             out[:count, :, 0] = torch.where(runs, torch.stack(values), 0.0)
@@ -56,17 +57,18 @@ def anderson_dots(
         out.zero_()
     vectors = image, z, z_before, residual, residuals, moves
     widened = -(-(max(2, count) + 3) // WIDENED)
-    running = sum(runs.tolist())
+    wanted = few.running(state)
+    running = sum(wanted)
     # To pick scattered rows, and to put them back, costs as much again as what is done with them.
-    for rows in row_groups(z, runs if 2 * running < len(runs) else None, widened):
+    for rows in row_groups(z, wanted if 2 * running < len(wanted) else None, widened):
         spans = _spans(z.shape[1], TILE // widened)
         dots = row_sums(_remember_tile(*vectors, slot, count, beta, rows, span) for span in spans)
         write_sums(row[:count], rows, dots[:count])
         write_sums(products[:count], rows, dots[count : 2 * count])
         write_sums(squares, rows, dots[2 * count :])
-    if running < len(runs):
+    if running < len(wanted):
         for out in (row[:count], products[:count], squares):
-            out.masked_fill_(~runs[:, None], 0.0)
+            out.masked_fill_((state[0] >= 0)[:, None], 0.0)
 
 
 def anderson_mix(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tritonimplicit_kernels.reference import few
 from tritonimplicit_kernels.reference.dots import row_squares
-from tritonimplicit_kernels.reference.few import are_few
 from tritonimplicit_kernels.reference.history import (
     frozen,
     less_combination,
@@ -103,7 +102,7 @@ def _decide(
     One and the same where the host can see that all that advance grow.
     """
     decision = rr, state, threshold, maxiter, state_out, residual_sq
-    if are_few(state):
+    if few.are_few(state):
         advance = few.decide_arnoldi(size_sq, singular, *decision)
         advances = None if all(advance) else state_out[0] < 0
         all_grow = all(g for g, a in zip(grows.tolist(), advance, strict=True) if a)

@@ -1,4 +1,4 @@
-"""The common case of a single system on a CPU: it goes on, as `bicgstab_rules` would decide.
+"""A single system on a CPU that goes on, as `bicgstab_rules` would decide.
 
 In Python's floats: where vectors are small, the rules' torch calls cost more than their work.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tritonimplicit_kernels import status
 from tritonimplicit_kernels.reference.few import go_on
+from tritonimplicit_kernels.reference.tiles import total
 
 
 def advances_alone(
@@ -35,7 +36,7 @@ def advances_alone(
     if state.shape[1] != 1:
         return None
     (seen,), (iterations,) = state.tolist()
-    (residual,), ((along,), (shadow_sq,), (vv,)) = rr.sum(-1).tolist(), shadow_dots.sum(-1).tolist()
+    (residual,), ((along,), (shadow_sq,), (vv,)) = total(rr).tolist(), total(shadow_dots).tolist()
     (before,), (tolerance,), (largest,) = rho.tolist(), threshold.tolist(), limit.tolist()
     advances = (
         seen == status.RUNNING
@@ -49,7 +50,7 @@ def advances_alone(
         return None
     alpha: float = (before or shadow_sq) / along
     alpha_out.fill_(alpha)
-    go_on(rr.sum(-1), state, state_out, residual_sq)
+    go_on(total(rr), state, state_out, residual_sq)
     return alpha
 
 
@@ -70,9 +71,9 @@ def goes_on_alone(
     """
     if state.shape[1] != 1 or state[0].tolist() != [status.RUNNING]:
         return None
-    (along,), (shadow_sq,), _ = shadow_dots.sum(-1).tolist()
-    (ts,), (tt,), (shadow_s,), (shadow_t,) = half_dots.sum(-1).tolist()
-    (ss,) = ss_in.sum(-1).tolist()
+    (along,), (shadow_sq,), _ = total(shadow_dots).tolist()
+    (ts,), (tt,), (shadow_s,), (shadow_t,) = total(half_dots).tolist()
+    (ss,) = total(ss_in).tolist()
     (alpha,), (unit,), (tolerance,) = alpha_in.tolist(), unit_in.tolist(), threshold.tolist()
     needed = ss * unit * unit > tolerance
     if not (needed and 0 < tt < math.inf and _outweighs(ts, tt, ss, dtype)):

@@ -1,8 +1,8 @@
-"""Sums along rows, in float64 and in an order that only the row's length decides.
+"""Sums along rows, in float64 and in an order that nothing beside the row decides.
 
 Rows are added up many at once while they are too short for torch to split one among threads; each
-tile of a long row by BLAS, in memory that always begins at a multiple of 64 bytes; tiles in their
-order.
+tile of a long row by BLAS, in an order that its length and the threads decide, as the memory always
+begins at a multiple of 64 bytes; tiles in their order.
 """
 
 from __future__ import annotations

@@ -35,6 +35,12 @@ def running(state: Tensor) -> list[bool]:
     return runs
 
 
+def go_on(rr: Tensor, state: Tensor, state_out: Tensor, residual_sq: Tensor) -> None:
+    """Settle the state of systems that all advance; `rr` is (B,)."""
+    residual_sq.copy_(rr)
+    torch.add(state, _ONE_ITERATION, out=state_out)
+
+
 def decide_cg(
     dots: Tensor,
     rr: Tensor,
@@ -197,9 +203,3 @@ def _settle(
     state_out.copy_(torch.tensor([codes, done], dtype=torch.int32, device="cpu"))
     torch.where(state[0] < 0, rr, residual_sq, out=residual_sq)
     return advances
-
-
-def go_on(rr: Tensor, state: Tensor, state_out: Tensor, residual_sq: Tensor) -> None:
-    """Settle the state of systems that all advance; `rr` is (B,)."""
-    residual_sq.copy_(rr)
-    torch.add(state, _ONE_ITERATION, out=state_out)

@@ -484,6 +484,22 @@ def test_an_optimiser_that_steps_on_a_guess_which_is_an_argument_too_is_noticed(
     assert a.grad.tolist() == [1, 1]
 
 
+def test_a_leaf_that_is_guess_and_argument_is_one_tensor_whose_gradient_stays():
+    a = torch.full((2,), 3.0, requires_grad=True)
+    a.grad = torch.ones(2)
+
+    def solver(x, given):
+        assert x is a and given is a
+        with torch.enable_grad():
+            x.square().sum().backward()
+        return given.detach() ** 2
+
+    root = custom_root(lambda x, a: x - a.square(), argnums=1)(solver)(a, a)
+    assert a.grad.tolist() == [1, 1]
+    root.sum().backward()
+    torch.testing.assert_close(a.grad, torch.full((2,), 7.0))
+
+
 def test_a_solver_gets_parameters_as_parameters_and_a_tensor_given_twice_as_one() -> None:
     seen = []
 

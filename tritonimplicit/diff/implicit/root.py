@@ -40,8 +40,9 @@ class Root(torch.autograd.Function):
         init_count = problem.call.arguments.init_count
         fixed = [t for t in tensors[init_count:] if not t.is_inference()]
         versions = [t._version for t in fixed]
-        with gradients_aside(tensors[init_count:]):
-            solution, aux = problem.run(_without_graphs(tensors, init_count))
+        guess = {id(t) for t in tensors[:init_count] if t.is_leaf}
+        with gradients_aside([t for t in tensors[init_count:] if id(t) in guess]):
+            solution, aux = problem.run(_without_graphs(tensors, guess))
         if [t._version for t in fixed] != versions:
             raise RuntimeError(
                 f"{PREFIX} the solver changed an argument in place that the optimality depends on, "
@@ -116,13 +117,12 @@ class Root(torch.autograd.Function):
         return out, (0,) * len(out)
 
 
-def _without_graphs(tensors: Tensors, init_count: int) -> Tensors:
+def _without_graphs(tensors: Tensors, guess: set[int]) -> Tensors:
     """What the solver gets: a bare `backward()` in it shall add to no gradient outside.
 
-    A leaf of the initial guess may be what an optimiser steps on, and stays itself. A parameter
+    A leaf of the initial `guess` may be what an optimiser steps on, and stays itself. A parameter
     stays one, and a tensor that is given twice is one tensor.
     """
-    guess = {id(t) for t in tensors[:init_count] if t.is_leaf}
     detached: dict[int, Tensor] = {}
     for t in tensors:
         if t.requires_grad and id(t) not in guess:
