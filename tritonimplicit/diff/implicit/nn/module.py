@@ -17,6 +17,7 @@ from tritonimplicit.diff.implicit.gradients_aside import gradients_aside
 from tritonimplicit.diff.implicit.nn.meta import MetaGradientModule
 from tritonimplicit.diff.implicit.nn.replica import replicate
 from tritonimplicit.diff.implicit.nn.solved import SolvedModule
+from tritonimplicit.diff.implicit.pytrees import tree_leaves
 from tritonimplicit.operators import Solve
 
 Tensors: TypeAlias = "tuple[Tensor, ...]"
@@ -148,7 +149,8 @@ def enable_implicit_gradients(cls: type[M]) -> type[M]:
         self._take_back()
         names, meta = _variables(self)
         if not torch.is_grad_enabled():
-            with gradients_aside(meta):
+            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            with gradients_aside((*meta, *given)):
                 output = run(self, *args, **kwargs)
             self._take_back()
             return output
