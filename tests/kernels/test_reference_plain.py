@@ -99,7 +99,10 @@ def decide(rule: Callable[..., Any], step: CG) -> Any:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", PCG_CASES)
-@pytest.mark.parametrize("beside", [[], ["advances"], ["has converged", "p.Ap zero"]])
+@pytest.mark.parametrize(
+    "beside",
+    [[], ["advances"], ["advances with a negative matrix"], ["has converged", "p.Ap zero"]],
+)
 def test_a_few_systems_are_decided_by_the_rules(
     case: str, beside: list[str], dtype: torch.dtype
 ) -> None:

@@ -22,7 +22,7 @@ from tritonimplicit.diagnostics import (
     report_failures,
     statuses_in,
 )
-from tritonimplicit.fixed_point.iteration import Evaluations, Iteration
+from tritonimplicit.fixed_point.iteration import Evaluations, Iteration, unseen_derivative
 from tritonimplicit.linear_solve.base import (
     check_choice,
     check_count,
@@ -31,9 +31,8 @@ from tritonimplicit.linear_solve.base import (
     check_tolerance,
 )
 from tritonimplicit.linear_solve.loop import SMALLEST, iterate
-from tritonimplicit.linear_solve.rows import largest
+from tritonimplicit.linear_solve.rows import is_hidden, largest
 from tritonimplicit.solve_log import record
-from tritonimplicit.torch_internals import has_tangent, is_transformed
 from tritonimplicit.vectors import Layout
 from tritonimplicit_kernels import status as codes
 
@@ -157,9 +156,10 @@ class FixedPointSolver(abc.ABC):
         if not callable(f):
             raise TypeError(f"f must be a function z -> f(z), not a {type(f).__name__}.")
         layout = Layout.of(z0, self.batch_ndim, "z0")
-        _refuse_transforms(z0)
+        if is_hidden(optree.tree_leaves(z0)):
+            raise unseen_derivative()
         with torch.no_grad():
-            rows = Evaluations(_plain(f), layout, name="f")
+            rows = Evaluations(f, layout, name="f")
             iteration = self._iteration(rows, layout.flatten(z0, "z0"))
             iterate(self, iteration, self.maxiter)
             solution = self._solution(iteration, layout, rows.image)
@@ -207,25 +207,3 @@ def _unjudged(iteration: Iteration) -> Tensor | None:
         return None
     size = largest(iteration.residual)
     return (size > 0) & (size < SMALLEST) & (iteration.progress.threshold < SMALLEST**2)
-
-
-def _plain(f: Map) -> Map:
-    """Refuse a result that a transform is at work on: its derivative would be lost."""
-
-    def checked(z: TensorTree) -> TensorTree:
-        result = f(z)
-        _refuse_transforms(result)
-        return result
-
-    return checked
-
-
-def _refuse_transforms(tree: TensorTree) -> None:
-    tensors = [t for t in optree.tree_leaves(tree) if isinstance(t, Tensor)]
-    if any(is_transformed(t) or has_tangent(t) for t in tensors):
-        raise RuntimeError(
-            "a fixed-point solver cannot see through a torch.func transform, or forward-mode AD. "
-            "In the place of vmap, give a batch and batch_ndim; for a derivative, call it in a "
-            "function decorated by tritonimplicit.custom_fixed_point, with what f depends on as "
-            "arguments."
-        )

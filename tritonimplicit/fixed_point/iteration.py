@@ -35,6 +35,19 @@ class Evaluations(RowMatvec):
         assert self._image is not None  # an iteration begins with one
         return self._image
 
+    def _hidden_derivative(self) -> RuntimeError:
+        return unseen_derivative()
+
+
+def unseen_derivative() -> RuntimeError:
+    """The error of a z0, or of f's result, that is being differentiated or vmapped."""
+    return RuntimeError(
+        "a fixed-point solver cannot see through a torch.func transform, or forward-mode AD. "
+        "In the place of vmap, give a batch and batch_ndim; for a derivative, call it in a "
+        "function decorated by tritonimplicit.custom_fixed_point, with what f depends on as "
+        "arguments."
+    )
+
 
 class Iteration(abc.ABC):
     """z (B, ld) and residual f(z) - z; `best` has had the least residual norm, `best_norm` (B,).

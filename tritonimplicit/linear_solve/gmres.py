@@ -142,7 +142,7 @@ class _Arnoldi(Recurrence):
     def _next_cycle(self) -> None:
         """Bring x up to date, and begin a cycle from its true residual."""
         progress, before = self.progress, self.x
-        rr = progress.rr.sum(1)
+        rr = progress.total
         x = self._updated()
         residual = self.apply.residual(x, self.b)
         norm = kernels.row_norms(residual)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,13 +127,16 @@ class RowMatvec:
         version = None if v.is_inference() else v._version
         result = self.matvec(self._argument.tree(v))
         leaves = self.layout.leaves_of(result, f"the result of {self._name}")
-        refuse_gradient(leaves, self._name)
+        refuse_gradient(leaves, self._name, self._hidden_derivative)
         if version is not None and v._version != version:
             raise RuntimeError(
                 f"{self._name} changed its argument in place, which is the solver's own vector: "
                 "return a new tensor."
             )
         return leaves
+
+    def _hidden_derivative(self) -> RuntimeError:
+        return hidden_derivative()
 
     def _buffer(self) -> Tensor:
         if self._out is None:
@@ -165,15 +168,9 @@ def largest(v: Tensor) -> Tensor:
     return size
 
 
-def refuse_gradient(leaves: Sequence[Tensor], name: str = "the matvec") -> None:
-    """Raise RuntimeError if a gradient would be lost by what `name` has returned."""
-    if any(is_transformed(t) or has_tangent(t) for t in leaves):
-        raise hidden_derivative()
-    if any(t.requires_grad for t in leaves):
-        raise RuntimeError(
-            f"the result of {name} requires grad, and `solver.solve` is not differentiated: "
-            "`solver(matvec, b)` is; or call it under torch.no_grad()."
-        )
+def is_hidden(leaves: Iterable[Tensor]) -> bool:
+    """Whether a torch.func transform or forward-mode AD is at work on one of them."""
+    return any(is_transformed(t) or has_tangent(t) for t in leaves)
 
 
 def hidden_derivative() -> RuntimeError:
@@ -184,6 +181,21 @@ def hidden_derivative() -> RuntimeError:
         "...) or forward-mode AD no plain function can show: give it openly, by "
         "tritonimplicit.LinearOperator(fn, *tensors), the map v -> fn(v, *tensors)."
     )
+
+
+def refuse_gradient(
+    leaves: Sequence[Tensor],
+    name: str = "the matvec",
+    hidden: Callable[[], RuntimeError] = hidden_derivative,
+) -> None:
+    """Raise RuntimeError if a gradient would be lost by what `name` has returned."""
+    if is_hidden(leaves):
+        raise hidden()
+    if any(t.requires_grad for t in leaves):
+        raise RuntimeError(
+            f"the result of {name} requires grad, and `solver.solve` is not differentiated: "
+            "`solver(matvec, b)` is; or call it under torch.no_grad()."
+        )
 
 
 def _in_place(leaf: Tensor, v: Tensor) -> Tensor:
